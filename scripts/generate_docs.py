@@ -1,0 +1,307 @@
+"""Write the generated pages of docs/reference: cli.md, recipe.md, report.md, report.schema.json, errors.md.
+
+    python scripts/generate_docs.py [--check]
+
+`--check` writes nothing and ends with 1 if a page is not what it would write. A contract test holds the pages equal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import inspect
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import typer
+import typer.core
+import typer.main
+
+from stillroom.core import errors
+from stillroom.runs.recipe import Recipe
+from stillroom.runs.report import Report
+
+ROOT = Path(__file__).resolve().parents[1]
+REFERENCE = ROOT / "docs" / "reference"
+NOTE = "<!-- Written by scripts/generate_docs.py (`make docs`); edit the source it is made from. -->"
+
+JsonSchema: TypeAlias = dict[str, Any]
+
+
+# --- tables -------------------------------------------------------------------------------------------------------------------------
+
+
+def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    """A Markdown table; bars and line breaks inside a cell are made harmless."""
+
+    def line(cells: tuple[str, ...]) -> str:
+        return "| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in cells) + " |"
+
+    return [line(head), "|" + "---|" * len(head), *(line(row) for row in rows)]
+
+
+def page(title: str, introduction: str, body: list[str]) -> str:
+    return "\n".join([NOTE, "", f"# {title}", "", introduction, "", *body]).rstrip() + "\n"
+
+
+# --- recipe and report --------------------------------------------------------------------------------------------------------------
+
+
+def type_text(schema: JsonSchema, link: Callable[[str], str]) -> str:
+    """A JSON Schema type in words."""
+    if "$ref" in schema:
+        return link(schema["$ref"].rsplit("/", 1)[1])
+    if "const" in schema:
+        return f"`{schema['const']}`"
+    if "enum" in schema:
+        return ", ".join(f"`{value}`" for value in schema["enum"])
+    if "anyOf" in schema:
+        return " or ".join(type_text(part, link) for part in schema["anyOf"])
+    kind = schema.get("type", "any")
+    if kind == "null":
+        return "nothing"
+    if kind == "array":
+        items = schema.get("items") or {}
+        if "prefixItems" in schema:
+            return "list of " + ", ".join(type_text(part, link) for part in schema["prefixItems"])
+        return f"list of {type_text(items, link)}" + (f", at least {schema['minItems']}" if schema.get("minItems") else "")
+    if kind == "object" and isinstance(schema.get("additionalProperties"), dict):
+        return f"mapping of names to {type_text(schema['additionalProperties'], link)}"
+    words = {"string": "text", "boolean": "true or false", "object": "mapping"}
+    bounds = {"exclusiveMinimum": "> ", "minimum": ">= ", "exclusiveMaximum": "< ", "maximum": "<= "}
+    limits = [f"{sign}{schema[key]:g}" for key, sign in bounds.items() if key in schema]
+    return " ".join([words.get(kind, kind), ", ".join(limits)]).strip()
+
+
+def default_text(schema: JsonSchema, required: bool) -> str:
+    if required:
+        return "required"
+    default = schema.get("default")
+    if "default" not in schema or isinstance(default, dict) or (isinstance(default, list) and any(isinstance(part, dict) for part in default)):
+        return "see there"
+    return "nothing" if default is None else f"`{json.dumps(default)}`"
+
+
+def fields_table(schema: JsonSchema, definitions: JsonSchema, link: Callable[[str], str]) -> list[str]:
+    """One row for each field; a field without words of its own has those of the section it holds."""
+    required = set(schema.get("required", ()))
+    rows = []
+    for name, field in schema.get("properties", {}).items():
+        words = field.get("description") or " ".join(definitions[target].get("description", "") for target in _targets(field)[:1])
+        rows.append((f"`{name}`", type_text(field, link), default_text(field, name in required), words))
+    return table(("key", "value", "default", "what it is"), rows)
+
+
+def recipe_page() -> str:
+    """One section for each section of the recipe, headed by its path in the YAML."""
+    schema = Recipe.model_json_schema()
+    definitions = schema.get("$defs", {})
+    paths = dict(_paths(schema, definitions, ""))
+
+    def link(name: str) -> str:
+        return f"[{paths[name]}](#{anchor(paths[name])})"
+
+    body = fields_table(schema, definitions, link)
+    for name, path in paths.items():
+        body += ["", f"## {path}", "", definitions[name].get("description", ""), "", *fields_table(definitions[name], definitions, link)]
+    introduction = (
+        "A recipe is one YAML file, or `stillroom.Recipe` in Python: the same object. An unknown key is refused with the nearest known one. "
+        "The SHA-256 of its canonical JSON (RFC 8785, defaults included) is the run's identity. `stillroom init` writes a commented one."
+    )
+    return page("Recipe", introduction, body)
+
+
+def _paths(schema: JsonSchema, definitions: JsonSchema, prefix: str) -> Iterator[tuple[str, str]]:
+    """Each definition's name and its path from the root, in the order of the fields."""
+    for name, field in schema.get("properties", {}).items():
+        for target in _targets(field):
+            path = f"{prefix}{name}"
+            yield target, path
+            yield from _paths(definitions[target], definitions, f"{path}.")
+
+
+def _targets(field: JsonSchema) -> list[str]:
+    """Names of the definitions that a field's schema refers to."""
+    return re.findall(r'"#/\$defs/(\w+)"', json.dumps(field))
+
+
+def anchor(heading: str) -> str:
+    """GitHub's anchor of a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def report_page() -> str:
+    schema = Report.model_json_schema(mode="serialization")
+    definitions = schema.get("$defs", {})
+
+    def link(name: str) -> str:
+        return f"[{name}](#{anchor(name)})"
+
+    body = ["## Report", "", *fields_table(schema, definitions, link)]
+    for name, definition in definitions.items():
+        body += ["", f"## {name}", "", definition.get("description", ""), "", *fields_table(definition, definitions, link)]
+    introduction = (
+        "`report.json` of a run directory. Every number says its unit, where it came from and, where it is a sample's, how many observations stand "
+        "behind it and a 95 % interval; a number that is not there is an `Absent` with the reason. "
+        "The same as JSON Schema: [report.schema.json](report.schema.json)."
+    )
+    return page("Report", introduction, body)
+
+
+def report_schema() -> str:
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Report.model_json_schema(mode="serialization")}
+    return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
+
+
+# --- errors -------------------------------------------------------------------------------------------------------------------------
+
+
+def errors_page() -> str:
+    """Each code with its meaning, its exit code and what the places that raise it tell the user to do."""
+    raised = raising_calls()
+    rows = []
+    for code, meaning in errors.CODES.items():
+        exits = sorted({getattr(errors, name).exit_code for name, _ in raised.get(code, ())})
+        rows.append((f"[`{code}`](#{code})", meaning, ", ".join(map(str, exits))))
+    body = table(("code", "what it means", "exit code"), rows)
+    for code, meaning in errors.CODES.items():
+        calls = raised.get(code, [])
+        body += ["", f'<a id="{code}"></a>', "", f"## {code}", "", meaning]
+        if calls:
+            body += ["", "Raised as " + ", ".join(f"`{name}`" for name in sorted({name for name, _ in calls})) + ". What to do:", ""]
+            body += [f"- {advice}" for advice in dict.fromkeys(advice if advice.strip(". ") else "The message says it." for _, advice in calls)]
+    introduction = (
+        "Every error that a user can mend has a code. The message says what was found, what was expected, why it matters where that is not plain, "
+        "and what to do; there is no traceback. `...` stands for a value of the case at hand."
+    )
+    return page("Errors", introduction, body)
+
+
+def raising_calls() -> dict[str, list[tuple[str, str]]]:
+    """For each code the (class, advice) of every place in the source that raises it, read from the syntax trees."""
+    classes = {name for name, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, errors.StillroomError)}
+    found: dict[str, list[tuple[str, str]]] = {}
+    for path in sorted((ROOT / "src" / "stillroom").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or (name := ast.unparse(node.func).split(".")[-1]) not in classes or not node.args:
+                continue
+            first = node.args[0]
+            advice = next((text_of(keyword.value) for keyword in node.keywords if keyword.arg == "do"), "")
+            for part in (first.body, first.orelse) if isinstance(first, ast.IfExp) else (first,):
+                if isinstance(part, ast.Constant):
+                    found.setdefault(part.value, []).append((name, advice))
+    return found
+
+
+def text_of(node: ast.expr) -> str:
+    """The text of a string expression, `...` for what is only known when it runs."""
+    match node:
+        case ast.Constant(value=str(text)):
+            return text
+        case ast.JoinedStr(values=parts):
+            return "".join(text_of(part) for part in parts)
+        case ast.IfExp(body=one, orelse=other):
+            return f"{text_of(one)} / {text_of(other)}"
+        case ast.BinOp(left=left, op=ast.Add(), right=right):
+            return text_of(left) + text_of(right)
+    return "..."
+
+
+# --- command line -------------------------------------------------------------------------------------------------------------------
+
+
+def cli_page(app: typer.Typer) -> str:
+    """The command line: every command with its arguments and options, read from the app itself."""
+    group: Any = typer.main.get_command(app)
+    commands = {name: command for name, command in group.commands.items() if not command.hidden}
+    rows = [(f"[`stillroom {name}`](#stillroom-{name})", first_sentence(command.help)) for name, command in commands.items()]
+    body = table(("command", "what it does"), rows)
+    for name, command in commands.items():
+        body += ["", f"## stillroom {name}", "", "    " + usage(name, command), "", flow(command.help or ""), "", *_parameters(command)]
+    body += ["", "## Exit codes", "", *table(("code", "meaning"), EXIT_CODES)]
+    return page("Command line", flow(group.help or ""), body)
+
+
+EXIT_CODES = [
+    ("0", "done"),
+    ("2", "bad input: the message carries a code, see [errors](errors.md)"),
+    ("4", "the teacher's terms deny this use"),
+    ("5", "a fact about the teacher's terms is missing; the message asks for it"),
+    ("130", "interrupted; the same command resumes"),
+]
+
+
+def usage(name: str, command: Any) -> str:
+    arguments = [p for p in command.params if isinstance(p, typer.core.TyperArgument)]
+    words = [value_name(p) if p.required else f"[{value_name(p)}]" for p in arguments]
+    options = ["[OPTIONS]"] if len(arguments) < len(command.params) else []
+    return " ".join(["stillroom", name, *options, *words])
+
+
+def _parameters(command: Any) -> list[str]:
+    rows = []
+    for parameter in command.params:
+        if getattr(parameter, "hidden", False) or parameter.name in ("install_completion", "show_completion"):
+            continue
+        default = "required" if parameter.required else "" if parameter.default is None or parameter.default is False else f"`{parameter.default}`"
+        if isinstance(parameter, typer.core.TyperArgument):
+            rows.append((f"`{value_name(parameter)}`", default, parameter.help or ""))
+        else:
+            value = "" if parameter.is_flag else f" {value_name(parameter)}"
+            names = ", ".join(f"`{option}{value}`" for option in [*parameter.opts, *parameter.secondary_opts])
+            rows.append((names, default, parameter.help or ""))
+    return table(("parameter", "default", "what it does"), rows) if rows else []
+
+
+def value_name(parameter: Any) -> str:
+    return str(parameter.metavar or parameter.name.upper())
+
+
+def first_sentence(text: str | None) -> str:
+    return (text or "").split("\n\n")[0].replace("\n", " ")
+
+
+def flow(text: str) -> str:
+    """Paragraphs as single lines; indented or marked blocks as they are."""
+    blocks = inspect.cleandoc(text.replace("\b\n", "")).split("\n\n")
+    return "\n\n".join(block if block.startswith((" ", "-", "|")) else " ".join(block.split()) for block in blocks)
+
+
+# --- all of them --------------------------------------------------------------------------------------------------------------------
+
+
+def pages() -> dict[str, str]:
+    """File name -> content of every generated page."""
+    from stillroom.cli.main import app
+
+    return {
+        "cli.md": cli_page(app),
+        "recipe.md": recipe_page(),
+        "report.md": report_page(),
+        "report.schema.json": report_schema(),
+        "errors.md": errors_page(),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; end with 1 if a page is stale")
+    check = parser.parse_args().check
+    stale = []
+    REFERENCE.mkdir(parents=True, exist_ok=True)
+    for name, content in pages().items():
+        path = REFERENCE / name
+        if not path.exists() or path.read_text(encoding="utf-8") != content:
+            stale.append(name)
+            if not check:
+                path.write_text(content, encoding="utf-8")
+    print(f"{'stale' if check else 'written'}: {', '.join(stale) or 'nothing'}")
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""Every error a user can meet, in one hierarchy.
+
+    StillroomError                 exit 2    something the user can mend: recipe, files, models, disk
+    |- RecipeError                           the recipe itself
+    |- DataError                             prompts, labelled items, transfer sets
+    |- ModelError                            a teacher or a student that cannot be loaded or used
+    |- VocabularyError                       two tokenizers that do not mean the same thing
+    |- StoreError                            targets on disk: corrupt, or of something else
+    |- LedgerError                           a ledger that does not verify
+    |- RunError                              the run directory: locked, of another recipe, out of order
+    |- ResourceError                         disk or memory that does not suffice
+    |- DivergedError                         the loss became NaN or infinite
+    |- EntitlementDenied           exit 4    the teacher's terms forbid it
+    |- EntitlementUnknown          exit 5    a fact is missing; the question is in the message
+    `- Interrupted                 exit 130  stopped by Ctrl-C, resumable
+
+Each is raised with a stable `code` from `CODES`; docs/reference/errors.md has an anchor for each (a test compares the two).
+"""
+
+from __future__ import annotations
+
+CODES: dict[str, str] = {
+    "recipe-missing": "The recipe file does not exist or cannot be read.",
+    "recipe-syntax": "The recipe is not valid YAML.",
+    "recipe-unknown-key": "The recipe has a key that Stillroom does not know.",
+    "recipe-invalid": "A value in the recipe is missing, of the wrong type or out of range.",
+    "prompts-missing": "The prompts file does not exist or cannot be read.",
+    "prompts-empty": "There are no prompts.",
+    "prompts-invalid": "A line or column of the prompts is not what was expected.",
+    "items-invalid": "A labelled or evaluation item is not what was expected.",
+    "sequence-too-long": "A sequence is longer than the model's context.",
+    "model-missing": "The model directory does not exist, or the hub cannot be reached.",
+    "model-no-weights": "The model directory has no weights.",
+    "model-corrupt": "The model's weights cannot be read.",
+    "model-no-tokenizer": "The model directory has no tokenizer.",
+    "model-no-chat-template": "Chat messages were given, but the teacher has no chat template.",
+    "model-unsupported": "The model's architecture or configuration cannot be used here.",
+    "model-pickle": "The weights are only there as a pickle, which is never loaded.",
+    "student-shape": "The student cannot be built in the shape asked for.",
+    "vocabulary-mismatch": "Teacher and student do not have the same vocabulary.",
+    "targets-unsupported": "The objective cannot be computed from the targets chosen.",
+    "store-corrupt": "The target store does not match its checksums.",
+    "store-mismatch": "The target store was made by another teacher, tokenizer, template, codec or temperature.",
+    "transfer-set-empty": "No record was left to learn from.",
+    "transfer-set-corrupt": "The transfer set does not match its own hash or its records.",
+    "ledger-corrupt": "The ledger's chain of hashes is broken.",
+    "ledger-unknown-record": "A record was to be used that the ledger has no collect entry for.",
+    "run-other-recipe": "The output directory belongs to another recipe.",
+    "run-locked": "Another process is using the output directory.",
+    "run-not-a-run": "The directory is not a run directory, or the stage before this one has not been done.",
+    "run-corrupt": "A file of the run directory cannot be read.",
+    "disk-full": "There is not enough disk space.",
+    "out-of-memory": "A single sequence does not fit into memory.",
+    "device-unavailable": "The device asked for is not there.",
+    "diverged": "The loss became NaN or infinite.",
+    "missing-extra": "An optional part of Stillroom is not installed.",
+    "entitlement-denied": "The teacher's terms forbid this use.",
+    "entitlement-unknown": "The teacher's terms are not known well enough to go on.",
+    "interrupted": "The run was interrupted and can be resumed.",
+}
+
+DOCS = "docs/reference/errors.md"
+
+
+class StillroomError(Exception):
+    """An error with a stable code; its text says what was found, what was expected, and what to do.
+
+    `found` and `expected` are clauses, `do` a sentence, `why` (optional) the reason that it matters.
+    """
+
+    exit_code = 2
+
+    def __init__(self, code: str, *, found: str, expected: str = "", why: str = "", do: str) -> None:
+        assert code in CODES, f"unlisted error code {code!r}"
+        self.code = code
+        self.found, self.expected, self.why, self.do = found, expected, why, do
+        super().__init__(self._text())
+
+    def _text(self) -> str:
+        lines = [f"found     {self.found}"]
+        if self.expected:
+            lines.append(f"expected  {self.expected}")
+        if self.why:
+            lines.append(f"because   {self.why}")
+        lines.append(f"do        {self.do}")
+        return "\n".join([f"[{self.code}] {CODES[self.code]}", *(f"  {line}" for line in lines)])
+
+
+class RecipeError(StillroomError):
+    """The recipe itself."""
+
+
+class DataError(StillroomError):
+    """Prompts, labelled items, transfer sets."""
+
+
+class ModelError(StillroomError):
+    """A teacher or a student that cannot be loaded or used."""
+
+
+class VocabularyError(StillroomError):
+    """Two tokenizers that do not mean the same thing."""
+
+
+class StoreError(StillroomError):
+    """Targets on disk: corrupt, or of something else."""
+
+
+class LedgerError(StillroomError):
+    """A ledger that does not verify."""
+
+
+class RunError(StillroomError):
+    """The run directory: locked, of another recipe, out of order."""
+
+
+class ResourceError(StillroomError):
+    """Disk or memory that does not suffice."""
+
+
+class DivergedError(StillroomError):
+    """The loss became NaN or infinite."""
+
+
+class EntitlementDenied(StillroomError):
+    """The teacher's terms forbid this use."""
+
+    exit_code = 4
+
+
+class EntitlementUnknown(StillroomError):
+    """A fact about the teacher's terms is missing."""
+
+    exit_code = 5
+
+
+class Interrupted(StillroomError):
+    """Stopped by Ctrl-C, resumable."""
+
+    exit_code = 130

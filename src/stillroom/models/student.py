@@ -1,0 +1,211 @@
+"""The student: five verbs over one `transformers` model, its optimiser and its position in training.
+
+Sum in the objective, count over the whole step, divide once. B sequences, T positions, R scored rows, V vocabulary size, D width.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from stillroom.core import durable
+from stillroom.core.errors import RunError
+from stillroom.core.identities import Sampling, TokenIds, TokenSequence
+from stillroom.models.batching import by_length, pack_rectangle
+from stillroom.models.loading import body_of, head_of
+from stillroom.models.rollouts import decode
+from stillroom.objectives.objective import Objective, backward_chunked, sums_chunked
+from stillroom.targets.protocols import Batch, StepSums
+from stillroom.targets.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimiserSettings:
+    """AdamW, and the norm that the gradient is clipped to. Weight decay falls on matrices alone."""
+
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip_norm: float = 1.0
+
+
+class TransformersStudent:
+    """Implements targets.protocols.Student. Weights and optimiser state are float32; with `dtype` bfloat16 the arithmetic is autocast."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        vocabulary: Vocabulary,
+        settings: OptimiserSettings,
+        *,
+        dtype: torch.dtype = torch.float32,
+        rows_per_chunk: int = 2048,
+    ) -> None:
+        self.model = model.float()
+        self.model.train()
+        self.optim_steps = 0
+        self._vocabulary = vocabulary
+        self._settings = settings
+        self._dtype = dtype
+        self._rows_per_chunk = rows_per_chunk
+        self._optimiser = _adamw(self.model, settings)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        return self._vocabulary
+
+    def forward_backward(self, batch: Batch, objective: Objective, divide_by: int) -> StepSums:
+        """Adds the gradient of (sum over scored rows) / `divide_by`; returns undivided sums. A batch without scored rows adds nothing."""
+        if batch.scored_tokens == 0:
+            return StepSums(objective_nats=0.0, terms_nats={}, scored_tokens=0)
+        with self._arithmetic():
+            states_RD = self._states(batch.sequences)
+            gradient_RD, sums = backward_chunked(
+                states_RD.detach(),
+                head_of(self.model),
+                size=self.vocabulary.size,
+                objective=objective,
+                targets=batch.targets,
+                labels=batch.labels,
+                divide_by=divide_by,
+                rows_per_chunk=self._rows_per_chunk,
+            )
+        states_RD.backward(gradient_RD)  # type: ignore[no-untyped-call]
+        return sums
+
+    @torch.no_grad()
+    def score(self, batch: Batch, objective: Objective) -> StepSums:
+        """The objective's sums on `batch` without any gradient: what the validation curve is drawn from."""
+        if batch.scored_tokens == 0:
+            return StepSums(objective_nats=0.0, terms_nats={}, scored_tokens=0)
+        with self._evaluating(), self._arithmetic():
+            return sums_chunked(
+                self._states(batch.sequences),
+                head_of(self.model),
+                size=self.vocabulary.size,
+                objective=objective,
+                targets=batch.targets,
+                labels=batch.labels,
+                rows_per_chunk=self._rows_per_chunk,
+            )
+
+    def optim_step(self, learning_rate: float) -> float:
+        """One AdamW step on the clipped gradient; the gradient is gone afterwards. Returns the norm before clipping."""
+        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._settings.clip_norm))
+        for group in self._optimiser.param_groups:
+            group["lr"] = learning_rate
+        self._optimiser.step()
+        self.drop_gradient()
+        self.optim_steps += 1
+        return norm
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """What `save` writes: weights and two moments, all float32."""
+        return 12 * sum(p.numel() for p in self.model.parameters())
+
+    def drop_gradient(self) -> None:
+        """Forgets what has been accumulated (after a micro-batch that did not fit)."""
+        self._optimiser.zero_grad(set_to_none=True)
+
+    def sample(self, prompts: Sequence[TokenIds], sampling: Sampling) -> list[TokenIds]:
+        """One completion for each prompt, the end token included where it was reached."""
+        with self._evaluating():
+            return decode(self.model, prompts, sampling, end_ids=frozenset(self.vocabulary.end_ids), size=self.vocabulary.size)
+
+    @torch.no_grad()
+    def logprobs(self, sequences: Sequence[TokenSequence]) -> list[list[float]]:
+        """For each sequence the log-probability (nats) of each of its scored tokens, at temperature 1."""
+        results: list[list[float]] = [[]] * len(sequences)
+        with self._evaluating():
+            for group in by_length([len(sequence.ids) for sequence in sequences], 64):
+                part = [sequences[index] for index in group]
+                log_probs_RV = torch.log_softmax(self._logits(self._states(part)), dim=-1)
+                next_R = torch.tensor([s.ids[row + 1] for s in part for row in s.scored_rows], device=log_probs_RV.device)
+                chosen = log_probs_RV.gather(-1, next_R[:, None]).squeeze(-1)
+                for index, rows in zip(group, chosen.split([len(s.scored_rows) for s in part]), strict=True):
+                    results[index] = rows.tolist()
+        return results
+
+    def save(self, directory: Path) -> None:
+        """Weights, optimiser state and counters into `directory`, as safetensors and JSON: `load` goes on bit for bit."""
+        directory.mkdir(parents=True, exist_ok=True)
+        named = dict(self.model.named_parameters())
+        save_file({name: p.detach().contiguous().cpu() for name, p in named.items()}, directory / "weights.safetensors")
+        state: dict[str, torch.Tensor] = {}
+        for name, parameter in named.items():
+            for key, value in self._optimiser.state.get(parameter, {}).items():
+                state[f"{key}:{name}"] = value.detach().contiguous().cpu()
+        save_file(state, directory / "optimiser.safetensors")
+        durable.write_json_atomic(directory / "student.json", {"optim_steps": self.optim_steps})
+
+    def load(self, directory: Path) -> None:
+        """Restores what `save` wrote. Raises RunError 'run-corrupt' where a file is damaged or is of another model."""
+        named = dict(self.model.named_parameters())
+        try:
+            weights = load_file(directory / "weights.safetensors")
+            state = load_file(directory / "optimiser.safetensors")
+            self.optim_steps = int(durable.read_json(directory / "student.json")["optim_steps"])
+            with torch.no_grad():
+                for name, parameter in named.items():
+                    parameter.copy_(weights[name])
+            for name, parameter in named.items():
+                keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}:{name}" in state]
+                if keys:
+                    device = {key: torch.device("cpu") if key == "step" and parameter.device.type == "cpu" else parameter.device for key in keys}
+                    self._optimiser.state[parameter] = {key: state[f"{key}:{name}"].to(device[key]) for key in keys}
+        except (OSError, KeyError, ValueError, RuntimeError, json.JSONDecodeError) as error:
+            raise RunError(
+                "run-corrupt", found=f"checkpoint {directory}: {error}", expected="a checkpoint of this student", do=f"Remove {directory} and run again."
+            ) from error
+
+    def _states(self, sequences: Sequence[TokenSequence]) -> torch.Tensor:
+        rectangle = pack_rectangle(sequences, self.model.device)
+        states_BTD = body_of(self.model)(input_ids=rectangle.ids_BT, use_cache=False).last_hidden_state
+        states_RD: torch.Tensor = states_BTD.reshape(-1, states_BTD.shape[-1])[rectangle.rows_R]
+        return states_RD
+
+    def _logits(self, states_RD: torch.Tensor) -> torch.Tensor:
+        """Logits over the real tokens, float32."""
+        return head_of(self.model)(states_RD)[:, : self.vocabulary.size].float()
+
+    def _arithmetic(self) -> torch.autocast | nullcontext[None]:
+        if self._dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.model.device.type, self._dtype)
+
+    def _evaluating(self) -> _Evaluating:
+        return _Evaluating(self.model)
+
+
+class _Evaluating:
+    """Evaluation mode inside a with block, training mode after it."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+
+    def __enter__(self) -> None:
+        self._model.eval()
+
+    def __exit__(self, *_: object) -> None:
+        self._model.train()
+
+
+def _adamw(model: PreTrainedModel, settings: OptimiserSettings) -> torch.optim.AdamW:
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=settings.betas, fused=True)
+
+
+def named_gradients(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """The accumulated gradient of each parameter that has one."""
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            yield name, parameter.grad

@@ -1,0 +1,49 @@
+"""Runs: the recipe, the plan, the stages, the run directory and the report. Importing this room imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stillroom.core import optional
+from stillroom.runs.directory import Run
+from stillroom.runs.observer import Observer, Silent
+from stillroom.runs.plan import Plan
+from stillroom.runs.recipe import Recipe
+
+__all__ = ["Comparison", "Observer", "Plan", "Recipe", "Run", "compare", "plan", "run"]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One prompt and what each of the two answers to it."""
+
+    prompt: str
+    teacher: str
+    student: str
+
+
+def plan(recipe: Recipe) -> Plan:
+    """What a run of `recipe` would do. Loads no weights, makes no request, writes nothing."""
+    result: Plan = _torch_side("stillroom.runs.planning").plan(recipe)
+    return result
+
+
+def run(recipe: Recipe, *, out: Path | str, until: str = "reported", needs: str | None = None, observer: Observer | None = None) -> Run:
+    """Takes the run of `recipe` in the directory `out` from wherever it is to the state `until` (see directory.STATES).
+
+    `needs`, where given, is a state that must have been reached before. Raises StillroomError, of which Interrupted can be resumed by the
+    same call; EntitlementDenied and EntitlementUnknown come before any work.
+    """
+    result: Run = _torch_side("stillroom.runs.stages").run(recipe, Path(out), until=until, needs=needs, observer=observer or Silent())
+    return result
+
+
+def compare(run: Run, *, prompt: str | None = None, file: Path | None = None) -> list[Comparison]:
+    """What teacher and student answer to `prompt`, or to each prompt of `file`, greedily."""
+    return [Comparison(*row) for row in _torch_side("stillroom.runs.stages").compare(run, prompt=prompt, file=file)]
+
+
+def _torch_side(module: str) -> Any:
+    return optional.load(module, extra="train")

@@ -1,0 +1,269 @@
+"""The collect stage: the teacher answers, its targets are stored, every record is entered in the ledger, and the transfer set is frozen.
+
+Prompts go in parts of fixed size, so that a part is the same whatever came before. collect.jsonl has one line for each prompt; a part is done when
+all its lines are there, and they are written after its shard and its ledger entries. A part that a crash cut short is done again, and finds what it
+had already written.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any
+
+from stillroom.core import durable
+from stillroom.core.errors import DataError
+from stillroom.core.identities import Sampling, TokenIds, TokenSequence
+from stillroom.core.interrupts import StopRequest
+from stillroom.core.seeds import derive_seed
+from stillroom.data import Candidate, Prompt, TransferSet, curate, freeze
+from stillroom.ledger import Circumstances, Collected, Frozen, Ledger, PromptSource
+from stillroom.models.loading import teacher_head_arrays
+from stillroom.models.local import LocalTeacher, as_arrays, head_arrays
+from stillroom.runs.directory import Run
+from stillroom.runs.observer import Observer
+from stillroom.runs.planning import Prepared
+from stillroom.targets.codecs import Codec, HiddenCodec, TextCodec, TopKCodec, measure_error
+from stillroom.targets.kinds import TargetRequest
+from stillroom.targets.rows import slice_targets
+from stillroom.targets.store import StoredRecord, StoreIdentity, TargetStore, record_id
+
+PART = 512
+# Rows on which the codec's error is measured.
+_ERROR_ROWS = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Answered:
+    """A prompt and what came of it; no sequence where it was too long to ask."""
+
+    prompt: Prompt
+    prompt_tokens: int
+    sequence: TokenSequence | None = None
+    answer: str = ""
+    answer_tokens: int = 0
+    finished: bool = False
+
+
+def store_identity(prepared: Prepared) -> StoreIdentity:
+    """What the targets of this recipe depend on."""
+    template = prepared.tokenizer.chat_template
+    return StoreIdentity(
+        teacher=prepared.teacher.ref,
+        vocabulary=prepared.teacher_vocabulary.fingerprint,
+        vocabulary_size=prepared.teacher_vocabulary.size,
+        chat_template_sha256=sha256(template.encode()).hexdigest() if isinstance(template, str) else None,
+        codec=_codec(prepared),
+        temperature=prepared.recipe.targets.target_temperature,
+        generation=sampling_of(prepared),
+    )
+
+
+def sampling_of(prepared: Prepared) -> Sampling:
+    """How the teacher answers."""
+    generation = prepared.recipe.generation
+    return Sampling(
+        max_new_tokens=generation.max_new_tokens,
+        temperature=generation.sampling_temperature,
+        # Greedy answers do not depend on a seed, so neither does what they are stored under.
+        seed=derive_seed(prepared.recipe.seed, "generation") if generation.sampling_temperature > 0 else 0,
+    )
+
+
+def request_of(prepared: Prepared) -> TargetRequest:
+    """Which targets the plan chose."""
+    signal = prepared.plan.signal
+    return TargetRequest(kind=signal.kind, temperature=signal.target_temperature, k=signal.k)
+
+
+def _codec(prepared: Prepared) -> Codec:
+    signal = prepared.plan.signal
+    if signal.live or signal.kind == "text":
+        return TextCodec()
+    return HiddenCodec(width=prepared.teacher.shape.width) if signal.kind == "hidden" else TopKCodec(k=signal.k)
+
+
+class Collector:
+    """Runs the stage for one run."""
+
+    def __init__(self, run: Run, prepared: Prepared, teacher: LocalTeacher, ledger: Ledger, observer: Observer, stop: StopRequest) -> None:
+        self.run, self.prepared, self.teacher, self.ledger = run, prepared, teacher, ledger
+        self.observer, self.stop = observer, stop
+        identity = store_identity(prepared)
+        head = head_arrays(teacher_head_arrays(teacher.model, teacher.vocabulary.size)) if identity.codec.kind == "hidden" else None
+        self.store = TargetStore.create_or_resume(run.store_path, identity, head)
+        self._circumstances = self._all_circumstances()
+
+    def collect(self) -> TransferSet:
+        """Every part that is not done yet, then the transfer set. Raises Interrupted between parts."""
+        prompts = self.prepared.prompts.prompts
+        done = self._done(len(prompts))
+        began, tokens = time.monotonic(), 0
+        for start in range(len(done), len(prompts), PART):
+            lines = self._part(start // PART, prompts[start : start + PART])
+            durable.append_lines(self.run.collect_path, [json.dumps(line, ensure_ascii=False) for line in lines])
+            done += lines
+            tokens += sum(line["answer_tokens"] for line in lines)
+            speed = tokens / max(1e-9, time.monotonic() - began)
+            self.observer.progress(len(done), len(prompts), "prompts", {"tokens/s": f"{speed:,.0f}"})
+            self.stop.check(f"after {len(done)} of {len(prompts)} prompts")
+        return self._freeze(done)
+
+    def _done(self, prompts: int) -> list[dict[str, Any]]:
+        """The lines of the parts that are whole; what is there of a part that is not, is removed."""
+        durable.repair_tail(self.run.collect_path)
+        lines = list(durable.read_lines(self.run.collect_path))
+        whole = len(lines) if len(lines) == prompts else len(lines) // PART * PART
+        if whole < len(lines):
+            durable.write_bytes_atomic(self.run.collect_path, "".join(f"{line}\n" for line in lines[:whole]).encode())
+        return [json.loads(line) for line in lines[:whole]]
+
+    # --- one part ---------------------------------------------------------------------------------------------------------------------
+
+    def _part(self, number: int, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
+        began = time.monotonic()
+        answered = self._answers(number, prompts)
+        asked = [one for one in answered if one.sequence is not None]
+        records = self._stored([one.sequence for one in asked if one.sequence is not None])
+        self.store.append_shard(records)
+        ids = {one.prompt.id: record_id(record.sequence) for one, record in zip(asked, records, strict=True)}
+        self.ledger.append(self._collected(ids[one.prompt.id], one) for one in asked)
+        if number == 0:
+            self._measure_codec(records[:64])
+        seconds = (time.monotonic() - began) / len(prompts)
+        return [
+            {
+                "prompt_id": one.prompt.id,
+                "record_id": ids.get(one.prompt.id),
+                "prompt_tokens": one.prompt_tokens,
+                "answer_tokens": one.answer_tokens,
+                "finished": one.finished,
+                "answer": one.answer,
+                "seconds": round(seconds, 6),
+            }
+            for one in answered
+        ]
+
+    def _answers(self, number: int, prompts: Sequence[Prompt]) -> list[_Answered]:
+        if self.prepared.recipe.prompts.answers == "given":
+            return [self._given(prompt) for prompt in prompts]
+        renderer, sampling = self.prepared.renderer, sampling_of(self.prepared)
+        sampling = Sampling(max_new_tokens=sampling.max_new_tokens, temperature=sampling.temperature, seed=derive_seed(sampling.seed, "part", number))
+        asked = [renderer.prompt_ids(prompt) for prompt in prompts]
+        fits = [len(ids) + sampling.max_new_tokens <= self.prepared.context_tokens for ids in asked]
+        written = iter(self.teacher.generate([ids for ids, fit in zip(asked, fits, strict=True) if fit], sampling))
+        return [
+            self._written(prompt, ids, next(written)) if fit else _Answered(prompt=prompt, prompt_tokens=len(ids))
+            for prompt, ids, fit in zip(prompts, asked, fits, strict=True)
+        ]
+
+    def _written(self, prompt: Prompt, asked: TokenIds, completion: TokenIds) -> _Answered:
+        renderer = self.prepared.renderer
+        return _Answered(
+            prompt=prompt,
+            prompt_tokens=len(asked),
+            sequence=renderer.sequence(prompt, completion=completion),
+            answer=renderer.answer_text(completion),
+            answer_tokens=len(completion),
+            finished=completion[-1] in self.teacher.vocabulary.end_ids,
+        )
+
+    def _given(self, prompt: Prompt) -> _Answered:
+        renderer = self.prepared.renderer
+        if prompt.answer is None and not renderer.ends_with_answer(prompt):
+            raise DataError(
+                "prompts-invalid",
+                found=f"a prompt without an answer ({prompt.content[:60]!r}), where prompts.answers is given",
+                expected="`answer`, or a conversation that ends with an assistant turn",
+                do="Add the answers, or set prompts.answers to teacher.",
+            )
+        sequence = renderer.sequence(prompt, prompt.answer)
+        answer_tokens = len(sequence.scored_rows)
+        if len(sequence.ids) > self.prepared.context_tokens:
+            return _Answered(prompt=prompt, prompt_tokens=len(sequence.ids) - answer_tokens, answer_tokens=answer_tokens)
+        answer = prompt.answer if prompt.answer is not None else (prompt.messages or ())[-1].content
+        return _Answered(
+            prompt=prompt,
+            prompt_tokens=len(sequence.ids) - answer_tokens,
+            sequence=sequence,
+            answer=answer,
+            answer_tokens=answer_tokens,
+            finished=True,
+        )
+
+    def _stored(self, sequences: Sequence[TokenSequence]) -> list[StoredRecord]:
+        """Each sequence with the teacher's targets for its own rows."""
+        if not sequences:
+            return []
+        request = request_of(self.prepared)
+        kind = "text" if isinstance(self.store.identity.codec, TextCodec) else request.kind
+        targets = as_arrays(self.teacher.targets(sequences, TargetRequest(kind=kind, temperature=request.temperature, k=request.k)))
+        records, start = [], 0
+        for sequence in sequences:
+            stop = start + len(sequence.scored_rows)
+            records.append(StoredRecord(sequence=sequence, targets=slice_targets(targets, start, stop)))
+            start = stop
+        return records
+
+    def _measure_codec(self, records: Sequence[StoredRecord]) -> None:
+        if isinstance(self.store.identity.codec, TextCodec) or not records or self.store.codec_error is not None:
+            return
+        sequences = [record.sequence for record in records]
+        states_RD = self.teacher.hidden_states(sequences)[:_ERROR_ROWS]
+        temperature = self.store.identity.temperature
+        exact = self.teacher.log_probs(states_RD, temperature).cpu().numpy()
+        targets = as_arrays(self.teacher.targets(sequences, request_of(self.prepared)))
+        error = measure_error(self.store.identity.codec, slice_targets(targets, 0, len(exact)), exact)
+        if error is not None:
+            self.store.record_codec_error(error)
+
+    # --- ledger and transfer set ------------------------------------------------------------------------------------------------------
+
+    def _all_circumstances(self) -> Circumstances:
+        prepared = self.prepared
+        return Circumstances(
+            teacher=prepared.teacher.ref,
+            sampling=sampling_of(prepared),
+            prompt_source=PromptSource(name=prepared.prompts.source, sha256=prepared.prompts.source_sha256),
+            signal=prepared.plan.signal.kind,
+            terms=() if prepared.terms is None else (prepared.terms.sha256,),
+            decision=prepared.verdict.sha256,
+        )
+
+    def _collected(self, record: str, answered: _Answered) -> Collected:
+        return Collected(
+            record_id=record,
+            prompt=answered.prompt.content,
+            output=answered.answer,
+            prompt_tokens=answered.prompt_tokens,
+            output_tokens=answered.answer_tokens,
+            circumstances=self._circumstances,
+        )
+
+    def _freeze(self, lines: Sequence[dict[str, Any]]) -> TransferSet:
+        """Curates what was collected, enters each record's fate in the ledger, and writes the transfer set: gate 2."""
+        curated = curate((_candidate(line, self.prepared.context_tokens) for line in lines), max_tokens=self.prepared.context_tokens)
+        reasons = {candidate.id: reason for candidate, reason in curated.dropped if candidate.id in self.store}
+        kept = {candidate.id for candidate in curated.kept}
+        self.ledger.append(
+            [Frozen(record_id=candidate.id) for candidate in curated.kept]
+            + [Frozen(record_id=record, reason=reason) for record, reason in reasons.items() if record not in kept]
+        )
+        transfer_set = freeze(curated, self.ledger, decision=self.prepared.verdict.sha256)
+        transfer_set.save(self.run.transfer_set_path)
+        return transfer_set
+
+
+def _candidate(line: dict[str, Any], context_tokens: int) -> Candidate:
+    asked = line["record_id"] is not None
+    return Candidate(
+        id=line["record_id"] if asked else line["prompt_id"],
+        prompt_id=line["prompt_id"],
+        # What was too long to ask has no sequence; it counts as one token more than fits.
+        tokens=line["prompt_tokens"] + line["answer_tokens"] if asked else context_tokens + 1,
+        answer=line["answer"],
+        finished=line["finished"],
+    )

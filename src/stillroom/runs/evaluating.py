@@ -1,0 +1,174 @@
+"""The evaluate stage: teacher, student, the student before training and the baseline on the same items; fidelity; cost."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel
+from transformers import PreTrainedModel
+
+from stillroom.core import durable
+from stillroom.core.clock import iso, now
+from stillroom.core.errors import DataError
+from stillroom.core.identities import Sampling, TokenIds, TokenSequence
+from stillroom.core.interrupts import StopRequest
+from stillroom.data import Prompt, TransferSet, load_prompts
+from stillroom.evals.cost import CostSubject, measure_cost
+from stillroom.evals.fidelity import measure_fidelity
+from stillroom.evals.tasks import Item, ItemScores, score_items
+from stillroom.ledger import Ledger
+from stillroom.models.loading import describe, load_model
+from stillroom.models.local import LocalTeacher
+from stillroom.models.rollouts import decode
+from stillroom.runs.collecting import sampling_of, store_identity
+from stillroom.runs.directory import Run
+from stillroom.runs.observer import Observer
+from stillroom.runs.planning import Prepared
+from stillroom.runs.training import split, untrained_student
+from stillroom.core.seeds import derive_seed
+from stillroom.targets.store import TargetStore
+
+_STEPS = 6
+
+
+class Evaluator:
+    """Runs the stage for one run; what has its file in evals/ is not measured again."""
+
+    def __init__(self, run: Run, prepared: Prepared, teacher: LocalTeacher, ledger: Ledger, observer: Observer, stop: StopRequest) -> None:
+        self.run, self.prepared, self.teacher, self.ledger = run, prepared, teacher, ledger
+        self.observer, self.stop = observer, stop
+        self._done = 0
+
+    def evaluate(self) -> None:
+        """Every measurement, then samples.jsonl and the summary. Raises Interrupted between two measurements."""
+        began = time.monotonic()
+        self.run.evals_path.mkdir(exist_ok=True)
+        if self._items:
+            self._score("teacher", lambda: self.teacher.model)
+            self._score("student", lambda: self._student)
+            self._score("student_before", lambda: untrained_student(self.prepared, self.teacher).to(self.prepared.device).eval())
+            if self.run.recipe.evaluation.label_only is not None:
+                self._score("label_only", lambda: self._loaded(self.run.label_only_path / "student"))
+            self._write_samples()
+        self._measure("fidelity", self._fidelity)
+        self._measure("cost", self._cost)
+        durable.write_json_atomic(
+            self.run.evaluated_path,
+            {"seconds": round(time.monotonic() - began, 3), "time": iso(now()), "ledger_head": self.ledger.head, "ledger_entries": self.ledger.count},
+        )
+
+    def _measure(self, name: str, measured: Callable[[], BaseModel]) -> None:
+        path = self.run.evals_path / f"{name}.json"
+        if not path.exists():
+            durable.write_bytes_atomic(path, measured().model_dump_json().encode())
+        self._done += 1
+        self.observer.progress(self._done, _STEPS, "measurements", {"last": name})
+        self.stop.check(f"after measuring {name}")
+
+    # --- answers ----------------------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _items(self) -> tuple[Prompt, ...]:
+        section = self.run.recipe.evaluation
+        if section.path is None:
+            return ()
+        items = load_prompts(section.path, limit=section.limit).prompts
+        missing = next((item for item in items if item.answer is None), None)
+        if missing is not None:
+            raise DataError(
+                "items-invalid",
+                found=f"an item without an answer in {section.path}: {missing.content[:60]!r}",
+                expected="`answer` on every evaluation item",
+                do="Add it, or leave evaluation.path out to measure fidelity and cost alone.",
+            )
+        return items
+
+    def _score(self, name: str, model: Callable[[], PreTrainedModel]) -> None:
+        self._measure(name, lambda: self._answers(name, model()))
+
+    def _answers(self, name: str, model: PreTrainedModel) -> ItemScores:
+        items = [Item(prompt=item.content, answer=item.answer or "", family=item.family) for item in self._items]
+        prompts = [self.prepared.renderer.prompt_ids(item) for item in self._items]
+        completions = self._decode(model, prompts, self.run.recipe.generation.max_new_tokens)
+        return score_items(name, [self.prepared.renderer.answer_text(completion) for completion in completions], items)
+
+    def _decode(self, model: PreTrainedModel, prompts: Sequence[TokenIds], max_new_tokens: int, *, stop_at_end: bool = True) -> list[TokenIds]:
+        """Greedy answers; one decoder for all models, so that they compare."""
+        vocabulary = self.prepared.teacher_vocabulary
+        return decode(
+            model,
+            prompts,
+            Sampling(max_new_tokens=max_new_tokens),
+            end_ids=frozenset(vocabulary.end_ids),
+            size=vocabulary.size,
+            at_once=self.teacher.at_once,
+            stop_at_end=stop_at_end,
+        )
+
+    @cached_property
+    def _student(self) -> PreTrainedModel:
+        return self._loaded(self.run.student_path)
+
+    def _loaded(self, directory: Path) -> PreTrainedModel:
+        return load_model(describe(str(directory)), self.prepared.dtype, self.prepared.device)
+
+    def _write_samples(self) -> None:
+        teacher, student = (
+            ItemScores.model_validate(durable.read_json(self.run.evals_path / f"{name}.json")) for name in ("teacher", "student")
+        )
+        lines = [
+            json.dumps(
+                {"prompt": one.prompt, "expected": one.expected, "family": one.family, "teacher": one.answer, "student": other.answer},
+                ensure_ascii=False,
+            )
+            for one, other in zip(teacher.items, student.items, strict=True)
+        ]
+        durable.write_bytes_atomic(self.run.directory / "samples.jsonl", "".join(f"{line}\n" for line in lines).encode())
+
+    # --- fidelity and cost ------------------------------------------------------------------------------------------------------------
+
+    def _fidelity(self) -> BaseModel:
+        student = LocalTeacher(self._student, self.teacher.ref, self.prepared.student.vocabulary, at_once=self.teacher.at_once)
+
+        def rows(model: LocalTeacher) -> Callable[[Sequence[TokenSequence]], torch.Tensor]:
+            return lambda sequences: model.log_probs(model.hidden_states(sequences), 1.0)
+
+        return measure_fidelity(rows(self.teacher), rows(student), self._held_out_sequences(), sequences_per_chunk=self.teacher.at_once)
+
+    def _held_out_sequences(self) -> list[TokenSequence]:
+        """The teacher's own answers to prompts that the student was not trained on."""
+        count = self.run.recipe.evaluation.fidelity_prompts
+        if not self._items:
+            ids = TransferSet.load(self.run.transfer_set_path).ids
+            fraction = self.run.recipe.training.validation_fraction
+            _, validation = split(ids, fraction, derive_seed(self.run.recipe.seed, "validation"))
+            return TargetStore.open(self.run.store_path, store_identity(self.prepared)).sequences(validation[:count])
+        chosen = self._items[:count]
+        sampling = sampling_of(self.prepared)
+        completions = self.teacher.generate([self.prepared.renderer.prompt_ids(item) for item in chosen], sampling)
+        return [self.prepared.renderer.sequence(item, completion=completion) for item, completion in zip(chosen, completions, strict=True)]
+
+    def _cost(self) -> BaseModel:
+        prompts = [self.prepared.renderer.prompt_ids(item) for item in (self._items or self.prepared.prompts.prompts)[:200]]
+
+        def subject(model: PreTrainedModel, directory: Path) -> CostSubject:
+            return CostSubject(
+                model=model,
+                directory=directory,
+                answer=lambda asked, most: self._decode(model, asked, most),
+                answer_at_length=lambda asked, length: self._decode(model, asked, length, stop_at_end=False),
+            )
+
+        return measure_cost(
+            subject(self.teacher.model, self.prepared.teacher.directory),
+            subject(self._student, self.run.student_path),
+            prompts,
+            max_new_tokens=self.run.recipe.generation.max_new_tokens,
+            resamples=self.run.recipe.evaluation.resamples,
+            seed=derive_seed(self.run.recipe.seed, "cost"),
+        )

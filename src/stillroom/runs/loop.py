@@ -1,0 +1,311 @@
+"""The one training loop. The kinds of run differ in where a batch comes from (`BatchSource`), and in nothing else.
+
+A step: take the next records, count their scored tokens, forward and backward micro-batch by micro-batch, one optimiser step. Everything
+that decides a step is a function of (recipe, seed, step), so that a run which was killed ends with the same bytes as one which was not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from stillroom.core import durable
+from stillroom.core.errors import DivergedError, ResourceError
+from stillroom.core.interrupts import StopRequest
+from stillroom.core.seeds import derive_seed
+from stillroom.models.memory import is_out_of_memory
+from stillroom.models.student import TransformersStudent
+from stillroom.objectives.objective import Objective
+from stillroom.runs.observer import Observer
+from stillroom.targets.protocols import Batch, StepSums
+
+_SCORED_AT_ONCE = 64
+
+
+class BatchSource(Protocol):
+    """Where batches come from: a store, a live teacher, or text alone."""
+
+    def length(self, record_id: str) -> int:
+        """Tokens of a record, so that similar lengths can go together."""
+        ...
+
+    def batch(self, record_ids: Sequence[str]) -> Batch:
+        """The records in the order asked for, with what the teacher said about them."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopSettings:
+    """Everything about the loop but the model and the data. `patience` None: train to the last step and keep the last weights."""
+
+    steps: int
+    sequences_per_step: int
+    micro_batch: int
+    learning_rate: float
+    schedule: str
+    warmup_steps: int
+    validate_every: int
+    checkpoint_every: int
+    seed: int
+    patience: int | None = None
+
+    def learning_rate_at(self, step: int) -> float:
+        """The rate of step `step` (from 0): linear warm-up, then cosine to 0, linear to 0, or constant."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        share = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        match self.schedule:
+            case "cosine":
+                return self.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
+            case "linear":
+                return self.learning_rate * (1 - share)
+            case _:
+                return self.learning_rate
+
+
+@dataclass(slots=True)
+class Progress:
+    """Where the loop is; saved with every checkpoint."""
+
+    step: int = 0
+    scored_tokens: int = 0
+    seconds: float = 0.0
+    """Of training, over all parts of an interrupted run."""
+    micro_batch: int = 0
+    best_nats: float = math.inf
+    best_step: int = -1
+    validations_without_gain: int = 0
+    stopped_early: bool = False
+    halvings: list[dict[str, int]] = field(default_factory=list)
+
+
+def step_records(records: Sequence[str], step: int, per_step: int, seed: int) -> list[str]:
+    """The records of step `step`: consecutive slices of an endless stream in which every epoch is a fresh permutation of `records`."""
+    chosen = []
+    permutation: np.ndarray[Any, np.dtype[np.int64]] | None = None
+    current = -1
+    for position in range(step * per_step, (step + 1) * per_step):
+        epoch, offset = divmod(position, len(records))
+        if epoch != current:
+            permutation = np.random.Generator(np.random.Philox(derive_seed(seed, "order", epoch))).permutation(len(records))
+            current = epoch
+        assert permutation is not None
+        chosen.append(records[int(permutation[offset])])
+    return chosen
+
+
+class Loop:
+    """Trains `student` on `records` and keeps metrics.jsonl and checkpoints/ under `directory`.
+
+    `consumed(record_ids)` is called with the records of finished steps before the checkpoint that covers them is published, so that a ledger
+    which refuses repeats holds every record that reached the weights.
+    """
+
+    def __init__(
+        self,
+        student: TransformersStudent,
+        objective: Objective,
+        source: BatchSource,
+        records: Sequence[str],
+        validation: Sequence[str],
+        settings: LoopSettings,
+        directory: Path,
+        *,
+        observer: Observer,
+        stop: StopRequest,
+        consumed: Callable[[Sequence[str]], None] = lambda _: None,
+    ) -> None:
+        self.student, self.objective, self.source = student, objective, source
+        self.records, self.validation, self.settings = records, validation, settings
+        self.directory, self.observer, self.stop, self.consumed = directory, observer, stop, consumed
+        self.progress = Progress(micro_batch=settings.micro_batch)
+        self._since_checkpoint: list[str] = []
+        self._tensorboard: Any = None
+
+    def run(self) -> Progress:
+        """Trains to the end (or to early stopping) from the last checkpoint. Raises Interrupted, DivergedError, ResourceError."""
+        self._resume()
+        began, before, began_tokens = time.monotonic(), self.progress.seconds, self.progress.scored_tokens
+        while self.progress.step < self.settings.steps and not self.progress.stopped_early:
+            self._one_step(began, began_tokens)
+            if self._due(self.settings.validate_every):
+                self._validate()
+            self.progress.seconds = before + time.monotonic() - began
+            if self._due(self.settings.checkpoint_every) or self.progress.stopped_early or self.stop.asked:
+                self._checkpoint()
+            self.stop.check(f"after step {self.progress.step} of {self.settings.steps}")
+        if self.settings.patience is not None and self.progress.best_step >= 0:
+            self.student.load(self.directory / "best")
+        self._close()
+        return self.progress
+
+    def _due(self, every: int) -> bool:
+        return self.progress.step % every == 0 or self.progress.step == self.settings.steps
+
+    def _one_step(self, began: float, began_tokens: int) -> None:
+        step = self.progress.step
+        records = step_records(self.records, step, self.settings.sequences_per_step, self.settings.seed)
+        sums = self._accumulate(records)
+        if not math.isfinite(sums.objective_nats):
+            raise self._diverged(f"an objective of {sums.objective_nats} at step {step + 1}")
+        rate = self.settings.learning_rate_at(step)
+        norm = self.student.optim_step(rate)
+        if not math.isfinite(norm):
+            raise self._diverged(f"a gradient norm of {norm} at step {step + 1}")
+        self.progress.step += 1
+        self.progress.scored_tokens += sums.scored_tokens
+        self._since_checkpoint.extend(records)
+        seconds = time.monotonic() - began
+        speed = (self.progress.scored_tokens - began_tokens) / max(seconds, 1e-9)
+        self._log("train", sums, learning_rate=rate, gradient_norm=norm, wall={"seconds": round(seconds, 3), "tokens_per_second": round(speed, 1)})
+        nats = sums.objective_nats / max(1, sums.scored_tokens)
+        self.observer.progress(self.progress.step, self.settings.steps, "step", {"nats/token": f"{nats:.4f}", "tokens/s": f"{speed:,.0f}"})
+
+    def _accumulate(self, records: Sequence[str]) -> StepSums:
+        """The whole step's gradient; where a micro-batch does not fit into memory, the step is begun again with half of it."""
+        ordered = sorted(records, key=lambda record: (self.source.length(record), record))
+        while True:
+            try:
+                return self._accumulate_in(ordered, self.progress.micro_batch)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                self.student.drop_gradient()
+                if self.progress.micro_batch == 1:
+                    raise ResourceError(
+                        "out-of-memory",
+                        found=f"one sequence of up to {max(self.source.length(r) for r in records)} tokens does not fit",
+                        expected="room for at least one",
+                        do="Shorten the prompts or answers, lower training.rows_per_chunk, or use a machine with more memory.",
+                    ) from error
+                self.progress.micro_batch //= 2
+                self.progress.halvings.append({"step": self.progress.step + 1, "micro_batch": self.progress.micro_batch})
+                self.observer.note(f"out of memory at step {self.progress.step + 1}: going on with micro-batches of {self.progress.micro_batch}")
+
+    def _accumulate_in(self, ordered: Sequence[str], micro_batch: int) -> StepSums:
+        batches = [self.source.batch(ordered[start : start + micro_batch]) for start in range(0, len(ordered), micro_batch)]
+        scored = sum(batch.scored_tokens for batch in batches)
+        parts = [self.student.forward_backward(batch, self.objective, divide_by=max(1, scored)) for batch in batches]
+        return _added(parts)
+
+    def _validate(self) -> None:
+        if not self.validation:
+            return
+        parts = [
+            self.student.score(self.source.batch(self.validation[start : start + _SCORED_AT_ONCE]), self.objective)
+            for start in range(0, len(self.validation), _SCORED_AT_ONCE)
+        ]
+        sums = _added(parts)
+        if sums.scored_tokens == 0:
+            return
+        self._log("validation", sums)
+        nats = sums.objective_nats / sums.scored_tokens
+        if self.settings.patience is None:
+            return
+        if nats < self.progress.best_nats:
+            self.progress.best_nats, self.progress.best_step, self.progress.validations_without_gain = nats, self.progress.step, 0
+            self._publish(self.directory / "best")
+        else:
+            self.progress.validations_without_gain += 1
+            self.progress.stopped_early = self.progress.validations_without_gain >= self.settings.patience
+
+    # --- what is on disk --------------------------------------------------------------------------------------------------------------
+
+    @property
+    def _metrics(self) -> Path:
+        return self.directory / "metrics.jsonl"
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.directory / "checkpoints"
+
+    def _log(self, name: str, sums: StepSums, **more: Any) -> None:
+        tokens = max(1, sums.scored_tokens)
+        line = {
+            "step": self.progress.step,
+            "name": name,
+            "nats_per_token": sums.objective_nats / tokens,
+            "terms": {term: nats / tokens for term, nats in sums.terms_nats.items()},
+            "scored_tokens": sums.scored_tokens,
+            **more,
+        }
+        durable.append_lines(self._metrics, [json.dumps(line)], sync=False)
+        if self._tensorboard is not None:
+            for key in ("nats_per_token", "learning_rate", "gradient_norm"):
+                if key in line:
+                    self._tensorboard.add_scalar(f"{name}/{key}", line[key], self.progress.step)
+
+    def _checkpoint(self) -> None:
+        self.consumed(self._since_checkpoint)
+        self._since_checkpoint = []
+        self._publish(self._checkpoints / f"step-{self.progress.step:08d}")
+        for old in sorted(self._checkpoints.glob("step-????????"))[:-1]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def _publish(self, final: Path) -> None:
+        """The student and the loop's position, as one directory that is either whole or not there."""
+        partial = final.with_name(final.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        durable.require_free_bytes(self.directory, 2 * self.student.checkpoint_bytes, "a checkpoint")
+        self.student.save(partial)
+        durable.write_json_atomic(partial / "loop.json", _saved(self.progress))
+        durable.replace_directory(partial, final)
+
+    def _resume(self) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        found = sorted(self._checkpoints.glob("step-????????"))
+        if found:
+            self.student.load(found[-1])
+            self.progress = _loaded(durable.read_json(found[-1] / "loop.json"))
+        durable.keep_lines(self._metrics, lambda line: json.loads(line)["step"] <= self.progress.step)
+        self._tensorboard = _tensorboard_writer(self.directory / "tensorboard", self.progress.step)
+
+    def _close(self) -> None:
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    def _diverged(self, found: str) -> DivergedError:
+        return DivergedError(
+            "diverged",
+            found=found,
+            expected="finite numbers",
+            why="weights that are updated from here on would be worthless; those of the last checkpoint are kept",
+            do="Lower training.learning_rate, or add training.warmup_steps, and run in a new directory.",
+        )
+
+
+def _added(parts: Sequence[StepSums]) -> StepSums:
+    terms: dict[str, float] = {}
+    for part in parts:
+        for name, nats in part.terms_nats.items():
+            terms[name] = terms.get(name, 0.0) + nats
+    return StepSums(
+        objective_nats=sum(part.objective_nats for part in parts), terms_nats=terms, scored_tokens=sum(part.scored_tokens for part in parts)
+    )
+
+
+def _saved(progress: Progress) -> dict[str, Any]:
+    saved = {name: getattr(progress, name) for name in Progress.__dataclass_fields__}
+    saved["best_nats"] = None if math.isinf(progress.best_nats) else progress.best_nats
+    return saved
+
+
+def _loaded(saved: dict[str, Any]) -> Progress:
+    return Progress(**{**saved, "best_nats": math.inf if saved["best_nats"] is None else saved["best_nats"]})
+
+
+def _tensorboard_writer(directory: Path, step: int) -> Any:
+    """A TensorBoard writer, or None where TensorBoard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(directory), purge_step=step + 1)  # type: ignore[no-untyped-call]

@@ -1,0 +1,488 @@
+"""From a recipe to a plan: everything that can be known, checked or refused before anything is spent. Loads no weights, writes nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import psutil
+import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerFast
+
+from stillroom.core import durable
+from stillroom.core.errors import DataError, ResourceError
+from stillroom.data import LoadedPrompts, Prompt, load_prompts
+from stillroom.entitlement import TermsStatement, Verdict, decide
+from stillroom.models.estimate import WorkEstimate, Workload, estimate
+from stillroom.models.loading import (
+    ModelDescription,
+    ModelShape,
+    config_from_scratch,
+    config_from_teacher,
+    count_parameters,
+    describe,
+    shape_of,
+    skeleton_of,
+)
+from stillroom.models.tokenizers import Renderer, load_tokenizer, vocabulary_of
+from stillroom.objectives.divergences import DIVERGENCES
+from stillroom.objectives.objective import Objective, WeightedTerm
+from stillroom.runs.plan import Estimate, Hardware, ModelFacts, Plan, PromptFacts, Signal, Terms, VocabularyFacts
+from stillroom.runs.recipe import ObjectiveSection, Recipe, TermsSection
+from stillroom.runs.report import Decision
+from stillroom.targets.vocabulary import Vocabulary, require_same
+
+# How many prompts are rendered to learn how long they are.
+_SAMPLED_PROMPTS = 1000
+# A store of hidden states may take this much of the free disk before fewer numbers a token are kept.
+_STORE_SHARE_OF_FREE_DISK = 0.25
+_STORE_MOST_BYTES = 50e9
+_MEMORY_SHARE = 0.7
+_DEFAULT_EPOCHS = 3.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudentPlan:
+    """What the student will be; `description` only where it is a model on disk."""
+
+    kind: str
+    config: PretrainedConfig
+    shape: ModelShape
+    parameters: int
+    vocabulary: Vocabulary
+    description: ModelDescription | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A recipe with everything that its stages need and that costs nothing to make."""
+
+    recipe: Recipe
+    plan: Plan
+    verdict: Verdict
+    terms: TermsStatement | None
+    teacher: ModelDescription
+    teacher_vocabulary: Vocabulary
+    student: StudentPlan
+    tokenizer: PreTrainedTokenizerFast
+    renderer: Renderer
+    prompts: LoadedPrompts
+    objective: Objective
+
+    @property
+    def context_tokens(self) -> int:
+        """The longest sequence that both models take."""
+        lengths = [shape.context_length for shape in (self.teacher.shape, self.student.shape) if shape.context_length is not None]
+        return min(lengths, default=1 << 30)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.plan.hardware.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return getattr(torch, self.plan.hardware.dtype)  # type: ignore[no-any-return]
+
+
+def plan(recipe: Recipe) -> Plan:
+    """The plan alone."""
+    return prepare(recipe).plan
+
+
+def prepare(recipe: Recipe) -> Prepared:
+    """Checks everything and decides everything that a run depends on. Raises StillroomError for whatever would make the run fail later."""
+    terms = _statement(recipe.terms)
+    teacher = describe(recipe.teacher.model, recipe.teacher.revision)
+    verdict = decide(terms, teacher.licence)
+    tokenizer = load_tokenizer(recipe.teacher.model, recipe.teacher.revision)
+    teacher_vocabulary = vocabulary_of(tokenizer, teacher.shape.rows, teacher.end_ids)
+    student = _plan_student(recipe, teacher, tokenizer, teacher_vocabulary)
+    renderer = Renderer(tokenizer)
+    prompts = load_prompts(recipe.prompts.path, dataset=recipe.prompts.dataset, split=recipe.prompts.split, limit=recipe.prompts.limit)
+    objective = objective_of(recipe.objective)
+    page = _Planner(recipe, teacher, student, teacher_vocabulary, renderer, prompts, objective).plan(verdict, terms)
+    return Prepared(
+        recipe=recipe,
+        plan=page,
+        verdict=verdict,
+        terms=terms,
+        teacher=teacher,
+        teacher_vocabulary=teacher_vocabulary,
+        student=student,
+        tokenizer=tokenizer,
+        renderer=renderer,
+        prompts=prompts,
+        objective=objective,
+    )
+
+
+def objective_of(section: ObjectiveSection) -> Objective:
+    """The recipe's objective as the objectives room has it."""
+    terms = []
+    for term in section.terms:
+        arguments = {"weight_on_teacher": term.weight_on_teacher} if term.divergence == "generalized_jsd" else {}
+        terms.append(WeightedTerm(divergence=DIVERGENCES[term.divergence](**arguments), weight=term.weight))
+    return Objective(
+        terms=tuple(terms), match_temperature=section.match_temperature, scale_by_temperature_squared=section.scale_by_temperature_squared
+    )
+
+
+def _statement(terms: TermsSection | None) -> TermsStatement | None:
+    if terms is None:
+        return None
+    return TermsStatement(
+        licence=terms.licence,
+        distillation=terms.distillation,
+        document=terms.document,
+        read_on=terms.read_on,
+        obligations=terms.obligations,
+    )
+
+
+def _plan_student(recipe: Recipe, teacher: ModelDescription, tokenizer: PreTrainedTokenizerFast, teacher_vocabulary: Vocabulary) -> StudentPlan:
+    section = recipe.student
+    if section.model is not None:
+        description = describe(section.model, section.revision)
+        vocabulary = vocabulary_of(load_tokenizer(section.model, section.revision), description.shape.rows, description.end_ids)
+        require_same(teacher_vocabulary, vocabulary)
+        return StudentPlan(
+            kind=description.ref.kind,
+            config=description.config,
+            shape=description.shape,
+            parameters=description.parameters,
+            vocabulary=vocabulary,
+            description=description,
+        )
+    if section.from_scratch is not None:
+        shape = section.from_scratch
+        config: PretrainedConfig = config_from_scratch(
+            layers=shape.layers,
+            width=shape.width,
+            heads=shape.heads,
+            feed_forward=shape.feed_forward,
+            rows=teacher_vocabulary.size,
+            context_length=teacher.shape.context_length or tokenizer.model_max_length,
+            end_id=tokenizer.eos_token_id,
+            pad_id=tokenizer.pad_token_id,
+        )
+        kind = "from_scratch"
+    else:
+        assert section.from_teacher is not None
+        config = config_from_teacher(teacher.config, section.from_teacher.layers)
+        kind = "from_teacher"
+    skeleton = skeleton_of(config)
+    found = shape_of(skeleton)
+    vocabulary = vocabulary_of(tokenizer, found.rows, teacher.end_ids)
+    return StudentPlan(kind=kind, config=config, shape=found, parameters=count_parameters(skeleton), vocabulary=vocabulary, description=None)
+
+
+class _Planner:
+    """Fills in the plan, section by section; every choice leaves a Decision."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        teacher: ModelDescription,
+        student: StudentPlan,
+        vocabulary: Vocabulary,
+        renderer: Renderer,
+        prompts: LoadedPrompts,
+        objective: Objective,
+    ) -> None:
+        self.recipe, self.teacher, self.student, self.vocabulary = recipe, teacher, student, vocabulary
+        self.renderer, self.prompts, self.objective = renderer, prompts, objective
+        self.decisions: list[Decision] = []
+        self.warnings: list[str] = []
+        self.items = 0
+
+    def plan(self, verdict: Verdict, terms: TermsStatement | None) -> Plan:
+        """The whole page."""
+        recipe = self.recipe
+        facts = self._prompts()
+        signal = self._signal(facts)
+        steps, epochs = self._length(facts.count)
+        device, dtype = self._device(), self._dtype()
+        hardware = self._hardware(device, dtype)
+        hardware, found = self._fitted(self._workload(facts, signal, hardware, steps), hardware)
+        disk = self._disk_bytes(facts, signal)
+        return Plan(
+            recipe_name=recipe.name,
+            recipe_sha256=recipe.sha256,
+            teacher=_facts_of_description(self.teacher),
+            student=self._student_facts(),
+            vocabulary=VocabularyFacts(
+                size=self.vocabulary.size,
+                teacher_rows=self.teacher.shape.rows,
+                student_rows=self.student.shape.rows,
+                fingerprint=self.vocabulary.fingerprint,
+            ),
+            terms=_terms_facts(verdict, terms),
+            prompts=facts,
+            signal=signal,
+            objective=_described(self.objective),
+            steps=steps,
+            epochs=epochs,
+            hardware=hardware,
+            estimate=Estimate(
+                seconds={stage: round(seconds, 1) for stage, seconds in found.seconds.items()},
+                peak_memory_bytes=found.peak_memory_bytes,
+                memory_available_bytes=_memory_available(device),
+                disk_bytes=disk,
+                disk_free_bytes=durable.free_bytes(Path.cwd()),
+                how=found.how,
+            ),
+            decisions=self.decisions,
+            warnings=self.warnings,
+        )
+
+    def _decided(self, what: str, chosen: str, why: str) -> None:
+        self.decisions.append(Decision(what=what, chosen=chosen, why=why))
+
+    # --- prompts and signal -----------------------------------------------------------------------------------------------------------
+
+    def _prompts(self) -> PromptFacts:
+        sample = _spread(self.prompts.prompts, _SAMPLED_PROMPTS)
+        lengths = [len(self.renderer.prompt_ids(prompt)) for prompt in sample]
+        longest = max(lengths)
+        context = self.teacher.shape.context_length
+        if context is not None and min(lengths) + 1 >= context:
+            raise DataError(
+                "sequence-too-long",
+                found=f"prompts of at least {min(lengths)} tokens",
+                expected=f"room for an answer in the teacher's context of {context}",
+                do="Shorten the prompts.",
+            )
+        lossy = sum(self.renderer.loses_text(prompt) for prompt in _spread(sample, 200))
+        if lossy:
+            self.warnings.append(f"in {lossy} of {min(200, len(sample))} prompts looked at, some text is lost by the teacher's tokenizer")
+        assumed, why = self._answer_length()
+        return PromptFacts(
+            count=len(self.prompts.prompts),
+            duplicates_dropped=self.prompts.duplicates,
+            tokens_mean=sum(lengths) / len(lengths),
+            tokens_longest=longest,
+            answer_tokens_assumed=assumed,
+            answer_tokens_why=why,
+        )
+
+    def _answer_length(self) -> tuple[float, str]:
+        most = self.recipe.generation.max_new_tokens
+        given = [prompt for prompt in _spread(self.prompts.prompts, 200) if prompt.answer is not None or self.renderer.ends_with_answer(prompt)]
+        if given:
+            return self._mean_answer(given, most), "the mean of the answers given with the prompts"
+        if self.recipe.evaluation.path is not None:
+            items = load_prompts(self.recipe.evaluation.path, limit=self.recipe.evaluation.limit).prompts
+            self.items = len(items)
+            answered = [item for item in _spread(items, 200) if item.answer is not None]
+            if answered:
+                return self._mean_answer(answered, most), "the mean of the evaluation items' answers"
+        return float(most), "the most that generation.max_new_tokens allows: nothing is known of the answers yet"
+
+    def _mean_answer(self, prompts: Sequence[Prompt], most: int) -> float:
+        lengths = [len(self.renderer.sequence(prompt, prompt.answer).scored_rows) for prompt in prompts]
+        return min(float(most), sum(lengths) / len(lengths))
+
+    def _signal(self, facts: PromptFacts) -> Signal:
+        section = self.recipe.targets
+        # Bytes a token: two for each number of a hidden state, eight for a kept id with its log-probability, four for the tail.
+        sizes = {
+            "text": 0,
+            "hidden": 2 * self.teacher.shape.width,
+            "top_k": 8 * min(section.k, self.vocabulary.size) + 4,
+            "full": 4 * self.vocabulary.size,
+        }
+        kind, why = self._kind(facts, sizes)
+        live = section.live or kind == "full"
+        if kind == "full" and not section.live:
+            self._decided("targets", "live", "full distributions are never stored")
+        self.objective.check(kind, section.target_temperature)
+        return Signal(
+            kind=kind,  # type: ignore[arg-type]
+            k=min(section.k, self.vocabulary.size) if kind == "top_k" else 0,
+            target_temperature=section.target_temperature,
+            live=live,
+            bytes_per_token=sizes[kind],
+            why=why,
+        )
+
+    def _kind(self, facts: PromptFacts, sizes: dict[str, int]) -> tuple[str, str]:
+        section = self.recipe.targets
+        if section.kind != "auto":
+            return section.kind, "the recipe asks for it"
+        possible = self.objective.required_kinds
+        if not any(term.divergence.softens for term in self.objective.terms):
+            return "text", "the objective reads the teacher's text alone"
+        tokens = facts.count * facts.answer_tokens_assumed
+        room = min(_STORE_MOST_BYTES, _STORE_SHARE_OF_FREE_DISK * durable.free_bytes(Path.cwd()))
+        if "hidden" in possible and (section.live or sizes["hidden"] * tokens <= room):
+            chosen, why = "hidden", "hidden states and the teacher's head give the whole distribution at two bytes a dimension"
+        else:
+            chosen, why = "top_k", f"hidden states would take {sizes['hidden'] * tokens / 1e9:.1f} GB of the {room / 1e9:.1f} GB allowed"
+        self._decided("targets.kind", chosen, why)
+        return chosen, why
+
+    def _length(self, prompts: int) -> tuple[int, float]:
+        training = self.recipe.training
+        records = max(1, prompts - int(training.validation_fraction * prompts))
+        if training.steps is not None:
+            return training.steps, training.steps * training.sequences_per_step / records
+        epochs = training.epochs or _DEFAULT_EPOCHS
+        return max(1, round(epochs * records / training.sequences_per_step)), epochs
+
+    # --- hardware ---------------------------------------------------------------------------------------------------------------------
+
+    def _device(self) -> str:
+        asked = self.recipe.hardware.device
+        there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        if asked == "auto":
+            return next(name for name in ("cuda", "mps", "cpu") if there[name])
+        if not there[asked]:
+            raise ResourceError(
+                "device-unavailable",
+                found=f"no {asked} device that PyTorch {torch.__version__} can use",
+                expected=f"one of {', '.join(name for name in there if there[name])}",
+                do="Set hardware.device to one of these, or to auto.",
+            )
+        return asked
+
+    def _dtype(self) -> str:
+        asked = self.recipe.hardware.dtype
+        if asked != "auto":
+            return asked
+        return "bfloat16" if self._device() == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+
+    def _hardware(self, device: str, dtype: str) -> Hardware:
+        threads = self.recipe.hardware.threads
+        per_step = self.recipe.training.sequences_per_step
+        asked = self.recipe.training.micro_batch
+        return Hardware(
+            device=device,
+            dtype=dtype,
+            threads=threads if threads != "auto" else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+            micro_batch=min(asked, per_step) if asked != "auto" else per_step,
+            teacher_at_once=256,
+            why="the recipe asks for it" if asked != "auto" else "the largest micro-batch that fits",
+        )
+
+    def _fitted(self, work: Workload, hardware: Hardware) -> tuple[Hardware, WorkEstimate]:
+        """Halves the micro-batch until the estimate fits into memory, unless the recipe sets it."""
+        available = _memory_available(hardware.device)
+        while True:
+            found = estimate(work)
+            fits = found.peak_memory_bytes <= _MEMORY_SHARE * available
+            if fits or self.recipe.training.micro_batch != "auto" or work.micro_batch == 1:
+                break
+            work = replace(work, micro_batch=work.micro_batch // 2)
+        if not fits:
+            self.warnings.append(f"about {found.peak_memory_bytes / 1e9:.1f} GB of memory will be needed, and {available / 1e9:.1f} GB are available")
+        if self.recipe.training.micro_batch == "auto":
+            self._decided("training.micro_batch", str(work.micro_batch), "the largest that fits into memory by the estimate")
+        return hardware.model_copy(update={"micro_batch": work.micro_batch}), found
+
+    # --- sizes ------------------------------------------------------------------------------------------------------------------------
+
+    def _workload(self, facts: PromptFacts, signal: Signal, hardware: Hardware, steps: int) -> Workload:
+        recipe = self.recipe
+        training, evaluation = recipe.training, recipe.evaluation
+        return Workload(
+            teacher=self.teacher.config,
+            student=self.student.config,
+            vocabulary=self.vocabulary,
+            objective=self.objective,
+            device=torch.device(hardware.device),
+            dtype=getattr(torch, hardware.dtype),
+            threads=hardware.threads,
+            prompts=facts.count,
+            prompt_tokens_mean=facts.tokens_mean,
+            answer_tokens_mean=facts.answer_tokens_assumed,
+            teacher_at_once=hardware.teacher_at_once,
+            target_kind=signal.kind,
+            k=signal.k,
+            live=signal.live,
+            store_bytes=0 if signal.live else int(facts.count * facts.answer_tokens_assumed * signal.bytes_per_token),
+            steps=steps,
+            sequences_per_step=training.sequences_per_step,
+            micro_batch=hardware.micro_batch,
+            rows_per_chunk=training.rows_per_chunk,
+            validation_sequences=int(training.validation_fraction * facts.count),
+            validations=steps // training.validate_every,
+            label_only_steps=steps // 4 if evaluation.label_only else 0,
+            items=self.items,
+            fidelity_prompts=evaluation.fidelity_prompts,
+        )
+
+    def _student_facts(self) -> ModelFacts:
+        if self.student.description is not None:
+            return _facts_of_description(self.student.description)
+        return ModelFacts(
+            source=self.student.kind,
+            kind=self.student.kind,
+            architecture=(self.student.config.architectures or [type(self.student.config).__name__.replace("Config", "ForCausalLM")])[0],
+            parameters=self.student.parameters,
+            bytes=4 * self.student.parameters,
+            layers=self.student.shape.layers,
+            width=self.student.shape.width,
+            context_tokens=self.student.shape.context_length or 0,
+            rows=self.student.shape.rows,
+            licence=None,
+            weights_sha256=None,
+        )
+
+    def _disk_bytes(self, facts: PromptFacts, signal: Signal) -> int:
+        tokens = facts.count * facts.answer_tokens_assumed
+        store = 0 if signal.live else tokens * signal.bytes_per_token
+        sequences = facts.count * (facts.tokens_mean + facts.answer_tokens_assumed) * 4
+        # Two checkpoints while one replaces the other (weights and two moments), and the student itself.
+        weights = (2 * 12 + 4) * self.student.parameters
+        return int(store + sequences + weights * (2 if self.recipe.evaluation.label_only else 1) + 3000 * facts.count)
+
+
+def _spread(values: Sequence[Prompt], most: int) -> list[Prompt]:
+    """At most `most` of `values`, evenly spaced."""
+    if len(values) <= most:
+        return list(values)
+    return [values[index * len(values) // most] for index in range(most)]
+
+
+def _memory_available(device: str) -> int:
+    if device == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
+    return int(psutil.virtual_memory().available)
+
+
+def _facts_of_description(model: ModelDescription) -> ModelFacts:
+    return ModelFacts(
+        source=model.source,
+        kind=model.ref.kind,
+        architecture=model.architecture,
+        parameters=model.parameters,
+        bytes=model.weight_bytes,
+        layers=model.shape.layers,
+        width=model.shape.width,
+        context_tokens=model.shape.context_length or 0,
+        rows=model.shape.rows,
+        licence=model.licence,
+        weights_sha256=model.weights_sha256,
+    )
+
+
+def _terms_facts(verdict: Verdict, terms: TermsStatement | None) -> Terms:
+    return Terms(
+        outcome=verdict.outcome,
+        licence=terms.licence if terms else None,
+        document=terms.document if terms else None,
+        read_on=terms.read_on if terms else None,
+        reasons=[f"{reason.clause} ({reason.evidence})" for reason in verdict.reasons],
+        obligations=list(verdict.obligations),
+        question=verdict.question,
+    )
+
+
+def _described(objective: Objective) -> str:
+    terms = " + ".join(f"{term.weight:g} x {term.divergence.name}" if term.weight != 1 else term.divergence.name for term in objective.terms)
+    squared = ", times its square" if objective.scale_by_temperature_squared else ""
+    return terms if objective.match_temperature == 1 else f"{terms} at match temperature {objective.match_temperature:g}{squared}"
+
+

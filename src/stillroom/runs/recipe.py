@@ -1,0 +1,354 @@
+"""The recipe: one frozen tree that says everything a run depends on. YAML or Python give the same object.
+
+Unknown keys are refused with the nearest known name. The canonical JSON of a recipe (RFC 8785) is hashed, and that hash is the run's identity.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from stillroom.core.errors import RecipeError
+from stillroom.core.hashing import canonical_json, sha256_hex
+
+Positive: TypeAlias = Annotated[int, Field(gt=0)]
+Fraction: TypeAlias = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+class FromScratch(_Section):
+    """A student with random weights, built as a Llama on the teacher's tokenizer."""
+
+    layers: Positive
+    """Transformer layers."""
+    width: Positive
+    """Hidden size; a multiple of `heads`."""
+    heads: Positive
+    """Attention heads."""
+    feed_forward: Positive
+    """Width of the feed-forward layers."""
+
+
+class FromTeacher(_Section):
+    """A student that starts as some of the teacher's layers, with its embeddings and head."""
+
+    layers: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1)
+    """Indices of the teacher's layers to keep, in order."""
+
+
+class TeacherSection(_Section):
+    """The model to learn from."""
+
+    model: str
+    """A Hugging Face directory, or a hub id."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+
+
+class StudentSection(_Section):
+    """The model that learns: exactly one of the three."""
+
+    model: str | None = None
+    """A Hugging Face directory, or a hub id, with the teacher's vocabulary."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    from_scratch: FromScratch | None = None
+    """A new model with random weights."""
+    from_teacher: FromTeacher | None = None
+    """Some of the teacher's own layers."""
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> StudentSection:
+        given = [name for name in ("model", "from_scratch", "from_teacher") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of model, from_scratch, from_teacher; found {', '.join(given) or 'none'}")
+        return self
+
+
+class PromptsSection(_Section):
+    """What the teacher is asked. Rows have `prompt` (text) or `messages` (chat, any number of turns; assistant turns are answers and are scored)."""
+
+    path: str | None = None
+    """A .jsonl or .parquet file; relative paths are relative to the recipe."""
+    dataset: str | None = None
+    """A `datasets` id instead of a file."""
+    split: str = "train"
+    """Which split of the dataset."""
+    limit: Positive | None = None
+    """Use only the first so many."""
+    answers: Literal["teacher", "given"] = "teacher"
+    """teacher: the teacher answers. given: the answers that come with the prompts (`answer`, or a last assistant turn) are what is scored."""
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> PromptsSection:
+        if (self.path is None) == (self.dataset is None):
+            raise ValueError("give exactly one of path, dataset")
+        return self
+
+
+class TermsSection(_Section):
+    """What the teacher's terms say about learning from it, as you read them. Without this section the answer is unknown, and a run stops."""
+
+    licence: str
+    """The licence or terms by name: an SPDX id where there is one."""
+    distillation: Literal["allowed", "allowed-with-obligations", "denied", "unknown"]
+    """Whether its outputs may train another model for your purpose."""
+    document: str | None = None
+    """Where the text can be read: an address or a file."""
+    read_on: str | None = None
+    """The date on which you read it, YYYY-MM-DD."""
+    obligations: tuple[str, ...] = ()
+    """What the student must carry (notice, name, display line)."""
+
+
+class GenerationSection(_Section):
+    """How the teacher writes its answers."""
+
+    max_new_tokens: Positive = 256
+    """Longest answer, in tokens, the end token included."""
+    sampling_temperature: Annotated[float, Field(ge=0.0)] = 0.0
+    """0 is greedy."""
+
+
+class TargetsSection(_Section):
+    """What is kept of the teacher's distributions."""
+
+    kind: Literal["auto", "text", "top_k", "hidden", "full"] = "auto"
+    """auto: what carries the most for the disk it takes; `plan` says what was chosen and why. full is never stored."""
+    k: Positive = 64
+    """How many ids top_k keeps of each row; the mass of the others is kept as one number."""
+    target_temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    """The temperature that targets are made at."""
+    live: bool = False
+    """Ask the teacher again in every epoch instead of storing its targets."""
+
+
+class Term(_Section):
+    """One term of the objective."""
+
+    divergence: Literal["forward_kl", "reverse_kl", "generalized_jsd", "cross_entropy"]
+    """What is compared; docs/concepts.md has the formulas."""
+    weight: Annotated[float, Field(gt=0.0)] = 1.0
+    """Its factor in the sum."""
+    weight_on_teacher: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
+    """Only generalized_jsd: the share of the teacher in the mixture."""
+
+
+class ObjectiveSection(_Section):
+    """What the student minimises: the weighted sum of terms, in nats per scored token."""
+
+    terms: tuple[Term, ...] = Field(default=(Term(divergence="forward_kl"),), min_length=1)
+    """By default forward_kl alone."""
+    match_temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    """Both distributions are softened to this temperature before they are compared."""
+    scale_by_temperature_squared: bool = False
+    """Multiply by match_temperature squared, which keeps the gradient's size."""
+
+
+class TrainingSection(_Section):
+    """The loop."""
+
+    steps: Positive | None = None
+    """Optimiser steps; instead of `epochs`."""
+    epochs: Annotated[float, Field(gt=0.0)] | None = None
+    """Passes over the transfer set; 3 if neither is given."""
+    sequences_per_step: Positive = 64
+    """Sequences in one optimiser step, over all micro-batches."""
+    micro_batch: Positive | Literal["auto"] = "auto"
+    """Sequences that go through the student at once; auto: `plan` chooses what fits."""
+    learning_rate: Annotated[float, Field(gt=0.0)] = 1e-4
+    """The highest rate, reached after the warm-up."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the rate falls after the warm-up: cosine and linear end at 0."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the rate rises linearly."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    """AdamW's."""
+    clip_norm: Annotated[float, Field(gt=0.0)] = 1.0
+    """The gradient's norm is clipped to this."""
+    adam_betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    """AdamW's."""
+    validation_fraction: Fraction = 0.02
+    """Share of the transfer set that is only scored, for the training curve."""
+    validate_every: Positive = 100
+    """Steps between two scorings of that share."""
+    checkpoint_every: Positive = 200
+    """Steps between two checkpoints."""
+    rows_per_chunk: Positive = 2048
+    """Scored rows that go through the vocabulary at once; bounds memory, changes nothing else."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainingSection:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("give steps or epochs, not both")
+        return self
+
+
+class LabelOnlySection(_Section):
+    """The baseline: the student's architecture trained on labelled pairs alone, stopped on its own validation split."""
+
+    path: str
+    """A .jsonl or .parquet file with `prompt` (or `messages`) and `answer`."""
+    limit: Positive | None = None
+    """Use only the first so many pairs."""
+    validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
+    """Share of the pairs that decides when to stop and is not trained on."""
+    patience: Positive = 10
+    """Validations without improvement before it stops."""
+    validate_every: Positive = 10
+    """Steps between two validations."""
+    learning_rate: Annotated[float, Field(gt=0.0)] | None = None
+    """Its own learning rate; the training section's if not given."""
+
+
+class EvaluationSection(_Section):
+    """What teacher and student are compared on."""
+
+    path: str | None = None
+    """Labelled items: .jsonl or .parquet with `prompt` (or `messages`), `answer` and, if wanted, `family`. Without it, only fidelity and cost are measured."""
+    limit: Positive | None = None
+    """Use only the first so many items."""
+    fidelity_prompts: Positive = 500
+    """Prompts on which the two distributions are compared."""
+    resamples: Annotated[int, Field(ge=100)] = 2000
+    """Bootstrap resamples behind each interval."""
+    label_only: LabelOnlySection | None = None
+
+
+class HardwareSection(_Section):
+    """Where it runs; auto: `plan` chooses."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where the models run."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the models' arithmetic; the optimiser's state is always float32."""
+    threads: Positive | Literal["auto"] = "auto"
+    """CPU threads."""
+    price_per_hour: Annotated[float, Field(ge=0.0)] | None = None
+    """What an hour of this machine costs; without it no money is reported."""
+    currency: str = "USD"
+    """The currency of price_per_hour."""
+
+
+class Recipe(_Section):
+    """A whole run."""
+
+    version: Literal[1] = 1
+    """Version of this format."""
+    name: str = "student"
+    """Names the run in its report, and its directory where --out is not given."""
+    teacher: TeacherSection
+    terms: TermsSection | None = None
+    student: StudentSection
+    prompts: PromptsSection
+    generation: GenerationSection = GenerationSection()
+    targets: TargetsSection = TargetsSection()
+    objective: ObjectiveSection = ObjectiveSection()
+    training: TrainingSection = TrainingSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    hardware: HardwareSection = HardwareSection()
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Everything random comes from it. 0 is a seed like any other."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_sections_are_defaults(cls, tree: Any) -> Any:
+        # A YAML section whose keys are all commented out reads as null.
+        return {key: value for key, value in tree.items() if value is not None} if isinstance(tree, dict) else tree
+
+    @property
+    def sha256(self) -> str:
+        """The run's identity: SHA-256 of the canonical JSON."""
+        return sha256_hex(self.canonical())
+
+    def canonical(self) -> bytes:
+        """RFC 8785 JSON of the whole tree, defaults included."""
+        return canonical_json(self.model_dump(mode="json"))
+
+    @classmethod
+    def from_yaml(cls, path: Path) -> Recipe:
+        """Reads a recipe file. Raises RecipeError: missing, not YAML, an unknown key (with the nearest known one), a bad value."""
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(
+                "recipe-missing", found=f"{path}: {error}", expected="a YAML file", do="Check the path, or write one with `stillroom init`."
+            ) from error
+        try:
+            tree = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise RecipeError("recipe-syntax", found=f"{path}: {error}", expected="YAML", do="Mend the line named above.") from error
+        return cls.from_tree(tree, name=str(path)).with_paths_relative_to(path.parent)
+
+    @classmethod
+    def from_tree(cls, tree: Any, *, name: str = "the recipe") -> Recipe:
+        """Checks a tree of plain values."""
+        if not isinstance(tree, dict):
+            raise RecipeError(
+                "recipe-invalid", found=f"{name} holds {type(tree).__name__}", expected="a mapping with teacher, student, prompts", do="See `stillroom init`."
+            )
+        try:
+            return cls.model_validate(tree)
+        except ValidationError as error:
+            raise _as_recipe_error(error, name) from error
+
+    def with_paths_relative_to(self, folder: Path) -> Recipe:
+        """The same recipe with every path that exists relative to `folder` made absolute."""
+
+        def settle(value: str | None) -> str | None:
+            if value is None or Path(value).expanduser().is_absolute():
+                return value
+            there = folder / Path(value).expanduser()
+            return str(there.resolve()) if there.exists() else value
+
+        tree = self.model_dump()
+        for section, key in (("teacher", "model"), ("student", "model"), ("prompts", "path"), ("evaluation", "path")):
+            tree[section][key] = settle(tree[section][key])
+        if tree["evaluation"]["label_only"]:
+            tree["evaluation"]["label_only"]["path"] = settle(tree["evaluation"]["label_only"]["path"])
+        return Recipe.model_validate(tree)
+
+
+def _as_recipe_error(error: ValidationError, name: str) -> RecipeError:
+    errors = error.errors()
+    # A misspelt key also shows up as a missing one: say the misspelling.
+    first = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        unknown = str(first["loc"][-1])
+        known = _known_keys(first["loc"][:-1])
+        near = difflib.get_close_matches(unknown, known, n=1, cutoff=0.5)
+        hint = f"Did you mean `{near[0]}`?" if near else f"Known here: {', '.join(known)}."
+        return RecipeError("recipe-unknown-key", found=f"`{where}` in {name}", expected=f"one of {', '.join(known)}", do=hint)
+    found = f"`{where or 'recipe'}` in {name}: {first['msg']}"
+    if first["type"] not in ("missing", "value_error"):
+        found += f" (got {first['input']!r})"
+    return RecipeError("recipe-invalid", found=found, do="Correct this value; `stillroom init` writes a recipe with every key explained.")
+
+
+def _known_keys(loc: tuple[int | str, ...]) -> list[str]:
+    model: Any = Recipe
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        field = model.model_fields[part]
+        model = _section_in(field.annotation)
+    return list(model.model_fields)
+
+
+def _section_in(annotation: Any) -> Any:
+    """The _Section class inside an annotation such as `X | None` or `tuple[X, ...]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for part in getattr(annotation, "__args__", ()):
+        found = _section_in(part)
+        if found is not None:
+            return found
+    return None

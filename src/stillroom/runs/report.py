@@ -1,0 +1,193 @@
+"""The report: typed JSON in which every number says what it is, and every absence says why.
+
+`report.json` is `Report.model_dump(mode="json")`; its JSON Schema is generated into docs/reference/report.schema.json.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field
+
+SCHEMA_VERSION: Literal[1] = 1
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Number(_Part):
+    """A measured number."""
+
+    value: float
+    n: int | None = None
+    """How many observations stand behind it."""
+    low: float | None = None
+    """Lower end of the 95 % interval."""
+    high: float | None = None
+    """Upper end of the 95 % interval."""
+    unit: str
+    source: str
+    """The file of the run directory it was computed from, or how it was measured."""
+
+
+class Absent(_Part):
+    """A number that is not there."""
+
+    absent: str
+    """Why."""
+
+
+Maybe: TypeAlias = Number | Absent
+
+
+class ModelQuality(_Part):
+    """How well one model does on the evaluation items."""
+
+    exact_match: Maybe
+    families: dict[str, Number] = Field(default_factory=dict)
+
+
+class Quality(_Part):
+    """All models on the same items, paired."""
+
+    teacher: ModelQuality
+    student: ModelQuality
+    student_before: ModelQuality
+    """The student before training."""
+    label_only: ModelQuality
+    """The student's architecture trained on labelled pairs alone."""
+    gap_recovered: Maybe
+    """(student - label_only) / (teacher - label_only)."""
+
+
+class Fidelity(_Part):
+    """How close the student's next-token distributions are to the teacher's, on the teacher's own held-out answers."""
+
+    forward_kl_nats: Maybe
+    """Mean KL(teacher || student) per scored token."""
+    top1_agreement: Maybe
+    """Share of scored rows on which both have the same most probable token."""
+    acceptance: Maybe
+    """Mean of 1 - total variation: the expected acceptance when the student drafts for the teacher at temperature 1."""
+
+
+class ModelCost(_Part):
+    """What it takes to run one model."""
+
+    parameters: Maybe
+    bytes: Maybe
+    """Size of the weights on disk."""
+    flops_per_token: Maybe
+    """Of one decoding step with an empty context, counted."""
+    tokens_per_second: Maybe
+    """Greedy decoding, batch 1."""
+    tokens_per_second_batch_32: Maybe
+    latency_p50_seconds: Maybe
+    """Of one whole answer at batch 1."""
+    latency_p95_seconds: Maybe
+    peak_memory_bytes: Maybe
+    """Of a fresh process that loads the model and answers, beyond what the libraries take."""
+
+
+class Ratios(_Part):
+    """Teacher over student for sizes and times, student over teacher for speeds: above 1 the student is better."""
+
+    parameters: Maybe
+    bytes: Maybe
+    flops_per_token: Maybe
+    tokens_per_second: Maybe
+    tokens_per_second_batch_32: Maybe
+    latency_p50_seconds: Maybe
+    latency_p95_seconds: Maybe
+    peak_memory_bytes: Maybe
+
+
+class Cost(_Part):
+    """Both models, measured on the same work, and their ratios."""
+
+    teacher: ModelCost
+    student: ModelCost
+    ratios: Ratios
+
+
+class Making(_Part):
+    """What it took to make the student."""
+
+    prompts: Number
+    teacher_tokens: Maybe
+    """Tokens that the teacher wrote."""
+    training_tokens: Maybe
+    """Scored tokens that the student was trained on, repeats counted."""
+    updates: Maybe
+    wall_seconds: dict[str, Number]
+    """By stage: collect, train, evaluate."""
+    money: Maybe
+
+
+class Sample(_Part):
+    """One evaluation item, side by side."""
+
+    prompt: str
+    expected: str | None
+    family: str | None
+    teacher: str
+    student: str
+    teacher_right: bool | None
+    student_right: bool | None
+    agree: bool
+
+
+class CurvePoint(_Part):
+    """One point of a training curve."""
+
+    step: int
+    name: Literal["train", "validation"]
+    nats: float
+    """Objective per scored token."""
+
+
+class Decision(_Part):
+    """Something that was chosen, or that went another way than asked for."""
+
+    what: str
+    chosen: str
+    why: str
+
+
+class Provenance(_Part):
+    """What everything was made from, and how to make it again."""
+
+    recipe_sha256: str
+    recipe_name: str
+    teacher: dict[str, str | int | None]
+    """Fields of ModelRef."""
+    student: dict[str, str | int | None]
+    terms: dict[str, str | list[str] | None]
+    verdict: str
+    seed: int
+    versions: dict[str, str]
+    machine: dict[str, str]
+    transfer_set_sha256: str
+    target_store_sha256: str | None
+    ledger_head: str
+    ledger_entries: int
+    decisions: list[Decision]
+    created: str
+    commands: list[str]
+    """How to reproduce."""
+
+
+class Report(_Part):
+    """A whole report."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    title: str
+    quality: Quality
+    fidelity: Fidelity
+    cost: Cost
+    making: Making
+    curves: list[CurvePoint]
+    samples: list[Sample]
+    """Disagreements first."""
+    provenance: Provenance

@@ -1,0 +1,284 @@
+"""From the files of a run to its report: reads what the stages wrote, computes intervals, and says where each number came from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from stillroom.core import durable
+from stillroom.core.seeds import derive_seed
+from stillroom.core.statistics import Interval
+from stillroom.data import DROP_REASONS, TransferSet
+from stillroom.evals import fidelity as fidelity_of
+from stillroom.evals.cost import CostMeasurements
+from stillroom.evals.cost import ModelCost as MeasuredCost
+from stillroom.evals.fidelity import FidelitySums
+from stillroom.evals.measured import Absence, Measured
+from stillroom.evals.tasks import ItemScores, accuracy, accuracy_by_family, gap_recovered
+from stillroom.runs.directory import Run
+from stillroom.runs.plan import Plan
+from stillroom.runs.report import (
+    Absent,
+    Cost,
+    CurvePoint,
+    Decision,
+    Fidelity,
+    Making,
+    Maybe,
+    ModelCost,
+    ModelQuality,
+    Number,
+    Provenance,
+    Quality,
+    Ratios,
+    Report,
+    Sample,
+)
+
+MODELS = ("teacher", "student", "student_before", "label_only")
+_SAMPLES = 60
+# Beyond this many points a curve is thinned.
+_CURVE_POINTS = 300
+
+
+def build_report(run: Run) -> Report:
+    """The report of an evaluated run."""
+    plan = Plan.model_validate(durable.read_json(run.plan_path))
+    scores = {name: _scores(run, name) for name in MODELS}
+    summary = durable.read_json(run.evaluated_path)
+    training = durable.read_json(run.trained_path)
+    return Report(
+        title=run.recipe.name,
+        quality=_quality(run, scores),
+        fidelity=_fidelity(run),
+        cost=_cost(run),
+        making=_making(run, plan, summary, training),
+        curves=_curves(run.directory / "metrics.jsonl"),
+        samples=_samples(scores["teacher"], scores["student"]),
+        provenance=_provenance(run, plan, summary, training),
+    )
+
+
+# --- quality --------------------------------------------------------------------------------------------------------------------------
+
+
+def _scores(run: Run, name: str) -> ItemScores | None:
+    path = run.evals_path / f"{name}.json"
+    return ItemScores.model_validate(durable.read_json(path)) if path.exists() else None
+
+
+def _quality(run: Run, scores: dict[str, ItemScores | None]) -> Quality:
+    resamples, seed = run.recipe.evaluation.resamples, derive_seed(run.recipe.seed, "report")
+    parts = {name: _model_quality(name, found, resamples, seed) for name, found in scores.items()}
+    teacher, student, label_only = scores["teacher"], scores["student"], scores["label_only"]
+    gap: Maybe
+    if teacher is None or student is None:
+        gap = Absent(absent="there are no evaluation items")
+    elif label_only is None:
+        gap = Absent(absent="the recipe has no label-only baseline")
+    else:
+        found = gap_recovered(student, label_only, teacher, resamples=resamples, seed=seed)
+        gap = _number(found, "ratio", "evals/{student,label_only,teacher}.json: (student - label_only) / (teacher - label_only), paired bootstrap over items")
+    return Quality(**parts, gap_recovered=gap)
+
+
+def _model_quality(name: str, scores: ItemScores | None, resamples: int, seed: int) -> ModelQuality:
+    if scores is None:
+        why = "the recipe has no label-only baseline" if name == "label_only" else "the recipe has no evaluation items"
+        return ModelQuality(exact_match=Absent(absent=why))
+    source = f"evals/{name}.json, bootstrap over items"
+    families = accuracy_by_family(scores, resamples=resamples, seed=seed)
+    return ModelQuality(
+        exact_match=_number(accuracy(scores, resamples=resamples, seed=seed), "ratio", source),
+        families={family: _of_interval(interval, "ratio", source) for family, interval in families.items()},
+    )
+
+
+def _number(found: Interval | Absence, unit: str, source: str) -> Maybe:
+    return Absent(absent=found.absent) if isinstance(found, Absence) else _of_interval(found, unit, source)
+
+
+def _of_interval(interval: Interval, unit: str, source: str) -> Number:
+    return Number(value=interval.value, low=interval.low, high=interval.high, n=interval.n, unit=unit, source=source)
+
+
+# --- fidelity and cost ----------------------------------------------------------------------------------------------------------------
+
+
+def _fidelity(run: Run) -> Fidelity:
+    sums = FidelitySums.model_validate(durable.read_json(run.evals_path / "fidelity.json"))
+    resamples, seed = run.recipe.evaluation.resamples, derive_seed(run.recipe.seed, "fidelity")
+    source = f"evals/fidelity.json: {sums.scored_tokens} tokens of the teacher's own answers, bootstrap over answers"
+    return Fidelity(
+        forward_kl_nats=_number(fidelity_of.forward_kl(sums, resamples=resamples, seed=seed), "nats/token", source),
+        top1_agreement=_number(fidelity_of.top1_agreement(sums, resamples=resamples, seed=seed), "ratio", source),
+        acceptance=_number(fidelity_of.acceptance(sums, resamples=resamples, seed=seed), "ratio", source),
+    )
+
+
+def _cost(run: Run) -> Cost:
+    measured = CostMeasurements.model_validate(durable.read_json(run.evals_path / "cost.json"))
+    return Cost(
+        teacher=ModelCost(**_cost_fields(measured.teacher)),
+        student=ModelCost(**_cost_fields(measured.student)),
+        ratios=Ratios(**_cost_fields(measured.ratios)),
+    )
+
+
+def _cost_fields(cost: MeasuredCost) -> dict[str, Maybe]:
+    return {name: _measured(getattr(cost, name)) for name in MeasuredCost.model_fields}
+
+
+def _measured(found: Measured | Absence) -> Maybe:
+    if isinstance(found, Absence):
+        return Absent(absent=found.absent)
+    return Number(value=found.value, low=found.low, high=found.high, n=found.n, unit=found.unit, source=f"evals/cost.json: {found.how}")
+
+
+# --- the making -----------------------------------------------------------------------------------------------------------------------
+
+
+def _making(run: Run, plan: Plan, summary: dict[str, Any], training: dict[str, Any]) -> Making:
+    collected = [json.loads(line) for line in durable.read_lines(run.collect_path)]
+    written = sum(line["answer_tokens"] for line in collected) if run.recipe.prompts.answers == "teacher" else 0
+    seconds = {"collect": sum(line["seconds"] for line in collected), "train": training["seconds"], "evaluate": summary["seconds"]}
+    if training["label_only_seconds"]:
+        seconds["label_only"] = training["label_only_seconds"]
+    rate = run.recipe.hardware.price_per_hour
+    money: Maybe = Absent(absent="the recipe gives no hardware.price_per_hour")
+    if rate is not None:
+        spent = sum(seconds.values()) / 3600 * rate
+        money = Number(value=spent, unit=run.recipe.hardware.currency, source=f"wall time of all stages at {rate:g} {run.recipe.hardware.currency} an hour")
+    return Making(
+        prompts=Number(value=plan.prompts.count, unit="prompts", source="plan.json"),
+        teacher_tokens=Number(value=written, unit="tokens", source="collect.jsonl: tokens the teacher wrote"),
+        training_tokens=Number(value=training["scored_tokens"], unit="tokens", source="training.json: scored tokens, repeats counted"),
+        updates=Number(value=training["steps"], unit="updates", source="training.json"),
+        wall_seconds={name: Number(value=value, unit="seconds", source="wall clock, pauses between resumed parts left out") for name, value in seconds.items()},
+        money=money,
+    )
+
+
+def _curves(metrics: Path) -> list[CurvePoint]:
+    lines = [json.loads(line) for line in durable.read_lines(metrics)]
+    points = [CurvePoint(step=line["step"], name=line["name"], nats=line["nats_per_token"]) for line in lines]
+    train = [point for point in points if point.name == "train"]
+    every = max(1, len(train) // _CURVE_POINTS)
+    thinned = {point.step for index, point in enumerate(train) if index % every == 0 or index == len(train) - 1}
+    return [point for point in points if point.name == "validation" or point.step in thinned]
+
+
+def _samples(teacher: ItemScores | None, student: ItemScores | None) -> list[Sample]:
+    """Disagreements first, and among them those in which the student is wrong; then a few agreements."""
+    if teacher is None or student is None:
+        return []
+    samples = [
+        Sample(
+            prompt=one.prompt,
+            expected=one.expected,
+            family=one.family,
+            teacher=one.answer,
+            student=other.answer,
+            teacher_right=one.right,
+            student_right=other.right,
+            agree=one.answer == other.answer,
+        )
+        for one, other in zip(teacher.items, student.items, strict=True)
+    ]
+    differing = sorted((sample for sample in samples if not sample.agree), key=lambda sample: bool(sample.student_right))[: _SAMPLES * 2 // 3]
+    agreeing = [sample for sample in samples if sample.agree][: _SAMPLES - len(differing)]
+    return differing + agreeing
+
+
+# --- provenance -----------------------------------------------------------------------------------------------------------------------
+
+
+def _provenance(run: Run, plan: Plan, summary: dict[str, Any], training: dict[str, Any]) -> Provenance:
+    environment = durable.read_json(run.env_path)
+    transfer_set = TransferSet.load(run.transfer_set_path)
+    recipe = run.recipe
+    terms = plan.terms
+    halvings = [
+        Decision(what="training.micro_batch", chosen=str(halved["micro_batch"]), why=f"out of memory at step {halved['step']}")
+        for halved in training["halvings"]
+    ]
+    dropped = [
+        Decision(what="transfer set", chosen=f"{count} records left out", why=DROP_REASONS[reason])  # type: ignore[index]
+        for reason, count in transfer_set.dropped.items()
+    ]
+    return Provenance(
+        recipe_sha256=recipe.sha256,
+        recipe_name=recipe.name,
+        teacher=_identity(plan.teacher.model_dump()),
+        student=_identity({**plan.student.model_dump(), "weights_sha256": training["weights_sha256"]}),
+        terms={
+            "licence": terms.licence,
+            "document": terms.document,
+            "read_on": terms.read_on,
+            "reasons": terms.reasons,
+            "obligations": terms.obligations,
+        },
+        verdict=terms.outcome,
+        seed=recipe.seed,
+        versions=environment["versions"],
+        machine=environment["machine"],
+        transfer_set_sha256=transfer_set.sha256,
+        target_store_sha256=training["store_sha256"],
+        ledger_head=summary["ledger_head"],
+        ledger_entries=summary["ledger_entries"],
+        decisions=[*plan.decisions, *halvings, *dropped],
+        created=summary["time"],
+        commands=[f"stillroom run {run.recipe_path.name} --out NEW-DIRECTORY", " ".join(environment["command"])],
+    )
+
+
+def _identity(facts: dict[str, Any]) -> dict[str, str | int | None]:
+    wanted = ("source", "kind", "architecture", "parameters", "layers", "width", "licence", "weights_sha256")
+    return {name: facts[name] for name in wanted}
+
+
+# --- the student's card ---------------------------------------------------------------------------------------------------------------
+
+
+def student_card(report: Report) -> str:
+    """README.md of the student's directory: what it is, from whom it learned, how good it was found, what it must carry."""
+    provenance, quality = report.provenance, report.quality
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [distillation, stillroom]",
+        "teachers:",
+        f"  - source: {json.dumps(Path(str(provenance.teacher['source'])).name)}",
+        f"    weights_sha256: {provenance.teacher['weights_sha256']}",
+        f"    licence: {json.dumps(provenance.terms['licence'])}",
+        "---",
+        "",
+        f"# {report.title}",
+        "",
+        f"A student of {provenance.student['parameters']:,} parameters, distilled by Stillroom from a teacher of {provenance.teacher['parameters']:,}.",
+        "",
+        "| on the evaluation items | exact match |",
+        "|---|---|",
+        *(f"| {name} | {_in_card(getattr(quality, field).exact_match)} |" for field, name in _CARD_ROWS),
+        "",
+        f"Gap recovered: {_in_card(quality.gap_recovered)}. Forward KL: {_in_card(report.fidelity.forward_kl_nats)} nats per token.",
+        "",
+        f"Terms of the teacher: {provenance.terms['licence']}, verdict {provenance.verdict}. This is not legal advice.",
+        *(f"- obligation: {obligation}" for obligation in provenance.terms["obligations"] or ()),
+        "",
+        f"Recipe {provenance.recipe_sha256}, transfer set {provenance.transfer_set_sha256}, ledger head {provenance.ledger_head}.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+_CARD_ROWS = (("teacher", "teacher"), ("student", "this model"), ("label_only", "its architecture on labels alone"))
+
+
+def _in_card(number: Maybe) -> str:
+    if isinstance(number, Absent):
+        return f"not measured: {number.absent}"
+    interval = f" [{number.low:.4f}, {number.high:.4f}], n = {number.n}" if number.low is not None and number.high is not None else ""
+    return f"{number.value:.4f}{interval}"

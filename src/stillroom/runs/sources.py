@@ -1,0 +1,73 @@
+"""Where the loop's batches come from: a store of targets, a live teacher, or text alone. Nothing else differs between the kinds of run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from stillroom.core.identities import TokenSequence
+from stillroom.models.local import text_targets
+from stillroom.targets.kinds import TargetRequest
+from stillroom.targets.protocols import Batch, Teacher
+from stillroom.targets.store import TargetStore
+from stillroom.targets.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class StoredSource:
+    """What the teacher said once, read back."""
+
+    store: TargetStore
+    vocabulary: Vocabulary
+
+    @cached_property
+    def _lengths(self) -> dict[str, int]:
+        ids = self.store.record_ids
+        return {record: len(sequence.ids) for record, sequence in zip(ids, self.store.sequences(ids), strict=True)}
+
+    def length(self, record_id: str) -> int:
+        """Tokens of a record."""
+        return self._lengths[record_id]
+
+    def batch(self, record_ids: Sequence[str]) -> Batch:
+        """The records with their stored targets."""
+        sequences, targets = self.store.read(record_ids)
+        return Batch(sequences=tuple(sequences), targets=targets, labels=text_targets(sequences, self.vocabulary))
+
+
+@dataclass(frozen=True)
+class LiveSource:
+    """What the teacher says now, asked again for every batch."""
+
+    teacher: Teacher
+    sequences: Mapping[str, TokenSequence]
+    request: TargetRequest
+
+    def length(self, record_id: str) -> int:
+        """Tokens of a record."""
+        return len(self.sequences[record_id].ids)
+
+    def batch(self, record_ids: Sequence[str]) -> Batch:
+        """The records with fresh targets."""
+        sequences = [self.sequences[record] for record in record_ids]
+        targets = self.teacher.targets(sequences, self.request)
+        return Batch(sequences=tuple(sequences), targets=targets, labels=text_targets(sequences, self.teacher.vocabulary))
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """The text alone, with no teacher behind it."""
+
+    sequences: Mapping[str, TokenSequence]
+    vocabulary: Vocabulary
+
+    def length(self, record_id: str) -> int:
+        """Tokens of a record."""
+        return len(self.sequences[record_id].ids)
+
+    def batch(self, record_ids: Sequence[str]) -> Batch:
+        """The records with their own tokens as targets."""
+        sequences = [self.sequences[record] for record in record_ids]
+        labels = text_targets(sequences, self.vocabulary)
+        return Batch(sequences=tuple(sequences), targets=labels, labels=labels)

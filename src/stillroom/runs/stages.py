@@ -1,0 +1,140 @@
+"""The stages of a run, each from what the one before left on disk: planned, collected, trained, evaluated, reported."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from stillroom import web
+from stillroom.core import durable
+from stillroom.core.identities import Sampling
+from stillroom.core.interrupts import StopRequest
+from stillroom.data import Prompt, load_prompts
+from stillroom.entitlement import require
+from stillroom.ledger import Ledger
+from stillroom.models.loading import describe, load_model
+from stillroom.models.local import LocalTeacher
+from stillroom.runs.collecting import Collector
+from stillroom.runs.directory import STATES, Run, environment
+from stillroom.runs.evaluating import Evaluator
+from stillroom.runs.observer import Observer
+from stillroom.runs.planning import Prepared, prepare
+from stillroom.runs.recipe import Recipe
+from stillroom.runs.reporting import build_report, student_card
+from stillroom.runs.training import Trainer
+
+
+def run(recipe: Recipe, out: Path, *, until: str, needs: str | None, observer: Observer) -> Run:
+    """See stillroom.runs.run."""
+    found = Run.begin(recipe, out)
+    command = f"stillroom run {recipe.name}.yaml --out {out}"
+    with found.locked(), StopRequest(f"Run the same command again to resume, for instance: {command}") as stop:
+        if needs is not None:
+            found.require(needs, STATES_TO_COMMANDS[needs])
+        return Stages(found, observer, stop).run_until(until)
+
+
+STATES_TO_COMMANDS = {"planned": "plan", "collected": "collect", "trained": "train", "evaluated": "evaluate", "reported": "report"}
+
+
+class Stages:
+    """One run being taken further. Models are loaded when a stage needs them and let go when it ends."""
+
+    def __init__(self, run: Run, observer: Observer, stop: StopRequest) -> None:
+        self.run, self.observer, self.stop = run, observer, stop
+        self._prepared: Prepared | None = None
+
+    def run_until(self, until: str) -> Run:
+        """Every stage up to `until` that has not been done."""
+        steps: dict[str, Callable[[], None]] = {
+            "planned": self._plan,
+            "collected": self._collect,
+            "trained": self._train,
+            "evaluated": self._evaluate,
+            "reported": self._report,
+        }
+        for state in STATES[1 : STATES.index(until) + 1]:
+            if STATES.index(self.run.state) < STATES.index(state):
+                steps[state]()
+                gc.collect()
+        return self.run
+
+    @property
+    def prepared(self) -> Prepared:
+        """The recipe, checked; gate 1 is passed here, so nothing can be spent without it."""
+        if self._prepared is None:
+            prepared = prepare(self.run.recipe)
+            require(prepared.verdict)
+            torch.set_num_threads(prepared.plan.hardware.threads)
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            self._prepared = prepared
+        return self._prepared
+
+    def _plan(self) -> None:
+        self.observer.stage("plan", "checking recipe, models, prompts and terms")
+        prepared = self.prepared
+        plan = prepared.plan
+        durable.require_free_bytes(self.run.directory, plan.estimate.disk_bytes, "targets, checkpoints and the student")
+        durable.write_json_atomic(self.run.recipe_path, self.run.recipe.model_dump(mode="json"))
+        durable.write_json_atomic(self.run.plan_path, plan.model_dump(mode="json"))
+        durable.write_json_atomic(self.run.decision_path, prepared.verdict.as_json())
+        durable.write_json_atomic(self.run.env_path, environment())
+        for warning in plan.warnings:
+            self.observer.note(f"warning: {warning}")
+        self.observer.note(
+            f"terms: {plan.terms.outcome} ({plan.terms.licence}); teacher {plan.teacher.parameters:,} parameters, "
+            f"student {plan.student.parameters:,}; signal {plan.signal.kind}; about {sum(plan.estimate.seconds.values()) / 60:.1f} minutes"
+        )
+
+    def _collect(self) -> None:
+        prepared = self.prepared
+        self.observer.stage("collect", f"the teacher answers {prepared.plan.prompts.count:,} prompts")
+        Collector(self.run, prepared, self._teacher(), self._ledger(), self.observer, self.stop).collect()
+
+    def _train(self) -> None:
+        prepared = self.prepared
+        # Gate 3: the verdict holds now, and every record is in the ledger (the trainer checks each).
+        require(prepared.verdict)
+        live = prepared.plan.signal.live and prepared.plan.signal.kind != "text"
+        teacher = self._teacher() if live or self.run.recipe.student.from_teacher is not None else None
+        Trainer(self.run, prepared, teacher, self._ledger(), self.observer, self.stop).train()
+
+    def _evaluate(self) -> None:
+        self.observer.stage("evaluate", "teacher, student and baseline on the same items")
+        Evaluator(self.run, self.prepared, self._teacher(), self._ledger(), self.observer, self.stop).evaluate()
+
+    def _report(self) -> None:
+        self.observer.stage("report", "writing report.json and report.html")
+        report = build_report(self.run)
+        durable.write_bytes_atomic(self.run.student_path / "README.md", student_card(report).encode())
+        durable.write_json_atomic(self.run.report_path, report.model_dump(mode="json"))
+        web.write(self.run.directory)
+
+    def _ledger(self) -> Ledger:
+        return Ledger.open(self.run.directory)
+
+    def _teacher(self) -> LocalTeacher:
+        return teacher_of(self.prepared)
+
+
+def compare(run: Run, *, prompt: str | None, file: Path | None) -> list[tuple[str, str, str]]:
+    """Prompt, teacher's answer, student's answer, for one prompt or for each of a file."""
+    run.require("trained", "train")
+    prepared = prepare(run.recipe)
+    asked = (Prompt.of(prompt),) if prompt is not None else load_prompts(file).prompts
+    ids = [prepared.renderer.prompt_ids(one) for one in asked]
+    sampling = Sampling(max_new_tokens=run.recipe.generation.max_new_tokens)
+    teacher = teacher_of(prepared)
+    student = LocalTeacher(load_model(describe(str(run.student_path)), prepared.dtype, prepared.device), teacher.ref, teacher.vocabulary)
+    answers = ([prepared.renderer.answer_text(completion) for completion in model.generate(ids, sampling)] for model in (teacher, student))
+    return [(one.content, *pair) for one, *pair in zip(asked, *answers, strict=True)]  # type: ignore[misc]
+
+
+def teacher_of(prepared: Prepared) -> LocalTeacher:
+    """The teacher, loaded on the plan's device."""
+    hardware = prepared.plan.hardware
+    model = load_model(prepared.teacher, prepared.dtype, prepared.device)
+    return LocalTeacher(model, prepared.teacher.ref, prepared.teacher_vocabulary, at_once=hardware.teacher_at_once)

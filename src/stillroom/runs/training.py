@@ -1,0 +1,213 @@
+"""The train stage: the student on the transfer set, and the baseline that sees labels alone. Both go through the one loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from stillroom.core import durable
+from stillroom.core.errors import DataError
+from stillroom.core.hashing import sha256_file
+from stillroom.core.identities import TokenSequence
+from stillroom.core.interrupts import StopRequest
+from stillroom.core.seeds import derive_seed
+from stillroom.data import TransferSet, load_prompts
+from stillroom.ledger import Ledger, Trained
+from stillroom.models.export import export_student
+from stillroom.models.loading import build_from_scratch, build_from_teacher, load_model
+from stillroom.models.local import LocalTeacher
+from stillroom.models.student import OptimiserSettings, TransformersStudent
+from stillroom.objectives.divergences import cross_entropy
+from stillroom.objectives.objective import Objective, WeightedTerm
+from stillroom.runs.collecting import request_of, store_identity
+from stillroom.runs.directory import Run
+from stillroom.runs.loop import BatchSource, Loop, LoopSettings, Progress
+from stillroom.runs.observer import Observer
+from stillroom.runs.planning import Prepared
+from stillroom.runs.recipe import LabelOnlySection
+from stillroom.runs.sources import LiveSource, StoredSource, TextSource
+from stillroom.targets.store import TargetStore, record_id
+
+_UNREPORTED = "A student that is still being made by Stillroom; its report is not written yet.\n"
+
+
+class Trainer:
+    """Runs the stage for one run. `teacher` is needed where targets are live or the student starts from its layers."""
+
+    def __init__(self, run: Run, prepared: Prepared, teacher: LocalTeacher | None, ledger: Ledger, observer: Observer, stop: StopRequest) -> None:
+        self.run, self.prepared, self.teacher, self.ledger = run, prepared, teacher, ledger
+        self.observer, self.stop = observer, stop
+
+    def train(self) -> None:
+        """Student, then baseline, then training.json. Every record that is used must be in the ledger: gate 3."""
+        transfer_set = TransferSet.load(self.run.transfer_set_path)
+        store = TargetStore.open(self.run.store_path, store_identity(self.prepared))
+        transfer_set.require_backed(self.ledger, store)
+        records, validation = split(transfer_set.ids, self.prepared.recipe.training.validation_fraction, derive_seed(self._seed, "validation"))
+        student = self._student()
+        self.observer.stage("train", f"{self.prepared.plan.student.parameters:,} parameters on {len(records):,} records, {self._steps:,} steps")
+        progress = Loop(
+            student,
+            self.prepared.objective,
+            self._source(store),
+            records,
+            validation,
+            self._settings(self._steps, len(records)),
+            self.run.directory,
+            observer=self.observer,
+            stop=self.stop,
+            consumed=self._enter,
+        ).run()
+        self._export(student.model, "student")
+        label_only = self.prepared.recipe.evaluation.label_only
+        baseline = self._train_label_only(label_only) if label_only is not None else None
+        durable.write_json_atomic(
+            self.run.trained_path,
+            {
+                "steps": progress.step,
+                "scored_tokens": progress.scored_tokens,
+                "seconds": round(progress.seconds, 3),
+                "halvings": progress.halvings,
+                "records": len(records),
+                "validation_records": len(validation),
+                "weights_sha256": sha256_file(self.run.student_path / "model.safetensors"),
+                "store_sha256": store.sha256,
+                "label_only_steps": baseline.best_step if baseline else None,
+                "label_only_seconds": round(baseline.seconds, 3) if baseline else None,
+            },
+        )
+
+    @property
+    def _seed(self) -> int:
+        return self.prepared.recipe.seed
+
+    @property
+    def _steps(self) -> int:
+        return self.prepared.plan.steps
+
+    def _student(self) -> TransformersStudent:
+        training = self.prepared.recipe.training
+        settings = OptimiserSettings(weight_decay=training.weight_decay, betas=training.adam_betas, clip_norm=training.clip_norm)
+        return TransformersStudent(
+            untrained_student(self.prepared, self.teacher).to(self.prepared.device),
+            self.prepared.student.vocabulary,
+            settings,
+            dtype=self.prepared.dtype,
+            rows_per_chunk=training.rows_per_chunk,
+        )
+
+    def _settings(self, steps: int, records: int) -> LoopSettings:
+        training = self.prepared.recipe.training
+        return LoopSettings(
+            steps=steps,
+            sequences_per_step=training.sequences_per_step,
+            micro_batch=self.prepared.plan.hardware.micro_batch,
+            learning_rate=training.learning_rate,
+            schedule=training.schedule,
+            warmup_steps=min(training.warmup_steps, steps),
+            validate_every=training.validate_every,
+            checkpoint_every=training.checkpoint_every,
+            seed=self._seed,
+        )
+
+    def _source(self, store: TargetStore) -> BatchSource:
+        signal, vocabulary = self.prepared.plan.signal, self.prepared.teacher_vocabulary
+        if not signal.live and signal.kind != "text":
+            return StoredSource(store, vocabulary)
+        sequences = dict(zip(store.record_ids, store.sequences(store.record_ids), strict=True))
+        if signal.kind == "text":
+            return TextSource(sequences, vocabulary)
+        assert self.teacher is not None
+        return LiveSource(self.teacher, sequences, request_of(self.prepared))
+
+    def _enter(self, records: Sequence[str]) -> None:
+        """The records that finished steps consumed, each entered once."""
+        self.ledger.append(Trained(record_id=record) for record in dict.fromkeys(records))
+
+    def _export(self, model: PreTrainedModel, name: str) -> None:
+        directory = self.run.student_path if name == "student" else self.run.label_only_path / "student"
+        export_student(model, self.prepared.tokenizer, directory, _UNREPORTED, end_ids=self.prepared.teacher_vocabulary.end_ids)
+
+    # --- the baseline -----------------------------------------------------------------------------------------------------------------
+
+    def _train_label_only(self, section: LabelOnlySection) -> Progress:
+        sequences = self._labelled(section)
+        seed = derive_seed(self._seed, "label_only")
+        records, validation = split(tuple(sequences), section.validation_fraction, seed)
+        self.observer.stage("label-only", f"the same architecture on {len(records)} labelled pairs, stopped on {len(validation)} others")
+        student = self._student()
+        settings = self._settings(self._steps, len(records))
+        per_step = min(settings.sequences_per_step, len(records))
+        settings = LoopSettings(
+            steps=settings.steps,
+            sequences_per_step=per_step,
+            micro_batch=min(settings.micro_batch, per_step),
+            learning_rate=section.learning_rate or settings.learning_rate,
+            schedule="constant",
+            warmup_steps=min(settings.warmup_steps, 20),
+            validate_every=section.validate_every,
+            checkpoint_every=settings.checkpoint_every,
+            seed=seed,
+            patience=section.patience,
+        )
+        objective = Objective(terms=(WeightedTerm(divergence=cross_entropy()),))
+        source = TextSource(sequences, self.prepared.teacher_vocabulary)
+        loop = Loop(student, objective, source, records, validation, settings, self.run.label_only_path, observer=self.observer, stop=self.stop)
+        progress = loop.run()
+        self._export(student.model, "label_only")
+        return progress
+
+    def _labelled(self, section: LabelOnlySection) -> dict[str, TokenSequence]:
+        sequences: dict[str, TokenSequence] = {}
+        for prompt in load_prompts(section.path, limit=section.limit).prompts:
+            if prompt.answer is None and not self.prepared.renderer.ends_with_answer(prompt):
+                raise DataError(
+                    "items-invalid",
+                    found=f"an item without an answer in {section.path}: {prompt.content[:60]!r}",
+                    expected="`answer` on every labelled item",
+                    do="Add it, or leave evaluation.label_only out.",
+                )
+            sequence = self.prepared.renderer.sequence(prompt, prompt.answer)
+            if len(sequence.ids) <= self.prepared.context_tokens:
+                sequences[record_id(sequence)] = sequence
+        if len(sequences) < 2:
+            raise DataError(
+                "items-invalid",
+                found=f"{len(sequences)} usable items in {section.path}",
+                expected="at least two: one to train on and one to stop on",
+                do="Give more labelled items.",
+            )
+        return sequences
+
+
+def untrained_student(prepared: Prepared, teacher: LocalTeacher | None) -> PreTrainedModel:
+    """The student before its first step: float32, on the CPU; the same for the same recipe, and the same for student and baseline."""
+    section, plan = prepared.recipe.student, prepared.student
+    if plan.description is not None:
+        return load_model(plan.description)
+    if section.from_teacher is not None:
+        return build_from_teacher(teacher.model if teacher is not None else prepared.teacher, section.from_teacher.layers)
+    shape = section.from_scratch
+    assert shape is not None
+    return build_from_scratch(
+        layers=shape.layers,
+        width=shape.width,
+        heads=shape.heads,
+        feed_forward=shape.feed_forward,
+        rows=plan.shape.rows,
+        context_length=plan.shape.context_length or prepared.context_tokens,
+        end_id=prepared.tokenizer.eos_token_id,
+        pad_id=prepared.tokenizer.pad_token_id,
+        seed=derive_seed(prepared.recipe.seed, "student"),
+    )
+
+
+def split(records: Sequence[str], fraction: float, seed: int) -> tuple[list[str], list[str]]:
+    """Training records and validation records: a random share, at least one on the training side, each side in the original order."""
+    count = min(int(fraction * len(records)), len(records) - 1)
+    if fraction > 0 and count == 0 and len(records) > 1:
+        count = 1
+    chosen = set(np.random.Generator(np.random.Philox(seed)).permutation(len(records))[:count].tolist())
+    return [r for i, r in enumerate(records) if i not in chosen], [r for i, r in enumerate(records) if i in chosen]

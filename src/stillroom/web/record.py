@@ -1,0 +1,172 @@
+"""The sections that say what it costs, what it took, and where it came from."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from stillroom.web import format as f
+from stillroom.web.markup import Child, Html, el, join
+from stillroom.web.parts import fact, facts, lead, section, table
+from stillroom.web.readings import Measured, Missing, Node, dig, read, shown
+from stillroom.web.results import decision_list
+from stillroom.web.sentences import allowed
+
+_COSTS: tuple[tuple[str, str, f.Style, str], ...] = (
+    ("parameters", "Parameters", f.si, ""),
+    ("bytes", "Weights on disk", f.size, ""),
+    ("flops_per_token", "Arithmetic per token", f.flops, "One decoding step with an empty context."),
+    ("tokens_per_second", "Speed, batch 1", f.rate, "Greedy decoding."),
+    ("tokens_per_second_batch_32", "Speed, batch 32", f.rate, "Greedy decoding."),
+    ("latency_p50_seconds", "Time to answer, median", f.seconds, "One whole answer at batch 1."),
+    ("latency_p95_seconds", "Time to answer, 95th percentile", f.seconds, "One whole answer at batch 1."),
+    ("peak_memory_bytes", "Peak memory", f.size, "A fresh process that loads the model and answers, beyond the libraries."),
+)
+
+_STAGES = {"collect": "Collecting the teacher\u2019s targets", "train": "Training", "evaluate": "Evaluating", "plan": "Planning", "report": "Reporting"}
+
+
+def costs(report: Node) -> Html:
+    """Teacher and student beside each other, with ratios."""
+    rows: list[list[Child]] = []
+    for key, name, style, explained in _COSTS:
+        teacher, student = (read(report, "cost", who, key) for who in ("teacher", "student"))
+        ratio = read(report, "cost", "ratios", key)
+        head = join(el("b", name), el("span", explained, class_="why") if explained else None)
+        rows.append([head, shown(teacher, style), shown(student, style), shown(ratio, f.times)])
+    words = "Measured on the machine named under Provenance. The ratio is turned so that above 1 the student is better."
+    heads = ["Measure", "Teacher", "Student", "Ratio"]
+    return section("cost", "What it costs to run", lead(words), table("Cost of teacher and student", heads, rows, class_="numbers costs"))
+
+
+def making(report: Node) -> Html:
+    """Tokens, time and money that went into the student."""
+    rows: list[list[Child]] = [
+        ["Prompts", shown(read(report, "making", "prompts"), f.count)],
+        ["Tokens the teacher wrote", shown(read(report, "making", "teacher_tokens"), f.count)],
+        [join("Tokens the student was trained on", el("span", "Scored tokens, repeats counted.", class_="why")), shown(read(report, "making", "training_tokens"), f.count)],
+        ["Optimiser steps", shown(read(report, "making", "updates"), f.count)],
+        *_stage_rows(report),
+    ]
+    money = read(report, "making", "money")
+    rows.append(["Money", shown(money, f.money(money.unit if isinstance(money, Measured) else ""))])
+    return section("making", "What it took to make", table("Tokens, time and money", ["What", "Amount"], rows, class_="numbers making"))
+
+
+def _stage_rows(report: Node) -> list[list[Child]]:
+    stages = dig(report, "making", "wall_seconds") or {}
+    readings = {name: read(stages, name) for name in stages}
+    measured = {name: reading.value for name, reading in readings.items() if isinstance(reading, Measured)}
+    if not readings:
+        return [["Wall time", shown(Missing("no stage recorded its time"), f.seconds)]]
+    total = sum(measured.values())
+    rows: list[list[Child]] = []
+    for name, reading in readings.items():
+        bar = _bar(measured[name] / total) if name in measured and total > 0 else None
+        rows.append([join("Wall time: ", el("bdi", _STAGES.get(name, name))), join(shown(reading, f.seconds), bar)])
+    if len(measured) > 1:
+        rows.append(["Wall time, these together", el("data", f.seconds(total), value=repr(total), title=f"{total!r} seconds")])
+    return rows
+
+
+def _bar(share: float) -> Html:
+    """The stage's share of the time."""
+    rect = el("rect", x=0, y=0, width=f"{share * 100:.2f}%", height=4, class_="bar")
+    return el("svg", el("rect", x=0, y=0, width="100%", height=4, class_="track"), rect, class_="share", height=4, aria_hidden="true")
+
+
+def provenance(report: Node) -> Html:
+    """Hashes, versions, machine, decisions: what one needs to believe or to repeat the numbers."""
+    node: Mapping[str, Any] = dig(report, "provenance") or {}
+    decisions = node.get("decisions") or []
+    hashes = [
+        ("Recipe", node.get("recipe_sha256")),
+        ("Transfer set", node.get("transfer_set_sha256")),
+        ("Target store", node.get("target_store_sha256") or _absent("this run stored no targets")),
+        ("Ledger head", node.get("ledger_head")),
+    ]
+    return section(
+        "provenance",
+        "Provenance",
+        table("Models", ["Fact", "Teacher", "Student"], _model_rows(node), class_="models"),
+        facts("Hashes (SHA-256)", hashes, code=True),
+        el(
+            "div",
+            el("div", facts("Run", _run_facts(report, node)), facts("Machine", node.get("machine") or {"Machine": None})),
+            el("div", facts("Versions", node.get("versions") or {"Versions": None})),
+            class_="columns",
+        ),
+        el("h3", "Decisions taken"),
+        decision_list(decisions) if decisions else el("p", "No decision was recorded: everything went as the recipe asked."),
+    )
+
+
+def _run_facts(report: Node, node: Node) -> list[tuple[str, Any]]:
+    entries = node.get("ledger_entries")
+    created = node.get("created")
+    return [
+        ("Seed", node.get("seed")),
+        ("Ledger entries", f.count(entries) if isinstance(entries, int) else entries),
+        ("Report made", f.moment(created) if isinstance(created, str) else created),
+        ("Report schema", report.get("schema_version")),
+    ]
+
+
+def _model_rows(node: Node) -> list[list[Child]]:
+    teacher, student = node.get("teacher") or {}, node.get("student") or {}
+    keys = list(dict.fromkeys([*teacher, *student]))
+    named = {"weights_sha256": "Weights, SHA-256"}
+    return [[named.get(key, key.replace("_", " ").capitalize()), *(_model_fact(key, side.get(key)) for side in (teacher, student))] for key in keys]
+
+
+def _model_fact(key: str, value: Any) -> Html:
+    if key == "parameters" and isinstance(value, int):
+        return el("data", f.si(value), value=str(value), title=f"{value} parameters")
+    if value is None:
+        return _absent({"revision": "a directory has none", "licence": "the model declares none"}.get(key, "not recorded"))
+    return fact(value, code=key.endswith("sha256") or key in ("source", "revision"))
+
+
+def _absent(why: str) -> Html:
+    return el("span", f"absent: {why}", class_="absent")
+
+
+def reproduce(report: Node) -> Html:
+    """The commands that make this report again."""
+    commands = dig(report, "provenance", "commands") or []
+    if not commands:
+        return section("reproduce", "How to reproduce", lead("The report records no commands."))
+    node: Mapping[str, Any] = dig(report, "provenance") or {}
+    words = join(
+        "With the versions above, the recipe whose hash is ", el("code", str(node.get("recipe_sha256") or "")[:16]), f"\u2026 and seed {node.get('seed')}:"
+    )
+    lines = [command if isinstance(command, str) else shlex.join(command) for command in commands]
+    return section("reproduce", "How to reproduce", lead(words), el("pre", el("code", "\n".join(lines)), tabindex="0", aria_label="Commands"))
+
+
+def obligations(report: Node) -> Html:
+    """What the teacher's terms say, and what the student must carry."""
+    node: Mapping[str, Any] = dig(report, "provenance") or {}
+    terms: Mapping[str, Any] = node.get("terms") or {}
+    owed = terms.get("obligations") or []
+    owed = [owed] if isinstance(owed, str) else owed
+    names = {"licence": "Licence or terms", "distillation": "Distillation", "document": "Document", "read_on": "Read on"}
+    rows = [(names.get(key, key.replace("_", " ").capitalize()), _document(value)) for key, value in terms.items() if key != "obligations"]
+    return section(
+        "obligations",
+        "Terms and obligations",
+        lead(allowed(str(node.get("verdict") or "not recorded"))),
+        facts("Terms of the teacher", rows) if rows else el("p", "No terms were recorded."),
+        el("h3", "Obligations"),
+        el("ul", [el("li", el("bdi", str(entry))) for entry in owed]) if owed else el("p", "The terms as recorded ask for nothing."),
+    )
+
+
+def _document(value: Any) -> Any:
+    if isinstance(value, str) and value.startswith("https://"):
+        return el("a", value, href=value, rel="noreferrer")
+    return value
+
+
+

@@ -1,0 +1,150 @@
+"""What is written is true: generated pages are fresh, examples run, links lead somewhere."""
+
+from __future__ import annotations
+
+import doctest
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import generate_docs
+import stillroom
+import update_readme
+from contract import markdown, source
+from stillroom.core.errors import CODES
+
+DOCS = source.ROOT / "docs"
+DOCUMENTS = sorted([*source.ROOT.glob("*.md"), *DOCS.rglob("*.md"), *(source.ROOT / "recipes").glob("*.md")])
+
+
+@pytest.mark.parametrize("name", ["cli.md", "recipe.md", "report.md", "report.schema.json", "errors.md"])
+def test_generated_pages_are_fresh(name: str) -> None:
+    written = (DOCS / "reference" / name).read_text(encoding="utf-8")
+    assert written == generate_docs.pages()[name], f"docs/reference/{name} is stale: run `make docs`"
+
+
+def test_nothing_in_the_reference_is_left_undocumented() -> None:
+    """Every option of the command line and every key of the recipe says what it is."""
+    empty = []
+    for name in ("cli.md", "recipe.md"):
+        for line in generate_docs.pages()[name].splitlines():
+            cells = [cell.strip() for cell in line.strip("|").split(" | ")]
+            if line.startswith("| `") and not cells[-1]:
+                empty.append(f"{name}: {cells[0]}")
+    assert not empty, "\n".join(empty)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(source.ROOT)))
+def test_links_lead_somewhere(path: Path) -> None:
+    broken = []
+    for link in markdown.links(path.read_text(encoding="utf-8")):
+        if "://" in link or link.startswith("mailto:"):
+            continue
+        name, _, fragment = link.partition("#")
+        target = (path.parent / name).resolve() if name else path
+        if not target.exists() or (fragment and target.suffix == ".md" and fragment not in markdown.anchors(target)):
+            broken.append(link)
+    assert not broken, f"{path.name}: {broken}"
+
+
+def test_every_page_is_reachable_from_the_index() -> None:
+    reached: set[Path] = set()
+    waiting = [DOCS / "README.md"]
+    while waiting:
+        path = waiting.pop().resolve()
+        if path in reached or path.suffix != ".md":
+            continue
+        reached.add(path)
+        for link in markdown.links(path.read_text(encoding="utf-8")):
+            target = path.parent / link.partition("#")[0]
+            if "://" not in link and target.is_file():
+                waiting.append(target)
+    missing = [str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md") if path.resolve() not in reached]
+    assert not missing, missing
+
+
+def test_the_error_codes_that_documents_name_exist() -> None:
+    for path in DOCUMENTS:
+        for block in markdown.blocks(path.read_text(encoding="utf-8")):
+            for line in block.text.splitlines():
+                if line.startswith("[") and "] " in line and line[1 : line.index("]")].replace("-", "").isalpha():
+                    assert line[1 : line.index("]")] in CODES, f"{path.name}: {line}"
+
+
+# --- examples -----------------------------------------------------------------------------------------------------------------------
+
+
+def _perform(path: Path, folder: Path) -> None:
+    """Does what a document says, in order, in one folder: ```yaml NAME and ```python NAME write a file, ```console runs its `$ ` lines.
+
+    Each command must end with 0. What the document shows as output must be what comes, `...` standing for anything (as in doctest).
+    """
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(source.ROOT / "src"),
+        "COLUMNS": "120",
+        "NO_COLOR": "1",
+        "TERM": "dumb",
+    }
+    checker = doctest.OutputChecker()
+    for block in markdown.blocks(path.read_text(encoding="utf-8")):
+        if len(block.info) == 2:
+            (folder / block.info[1]).write_text(block.text, encoding="utf-8")
+        if block.language != "console":
+            continue
+        for command in markdown.commands(block):
+            done = subprocess.run(
+                ["bash", "-c", command.line],
+                cwd=folder,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=300,
+                check=False,
+            )
+            assert done.returncode == 0, f"$ {command.line}\n{done.stdout}"
+            if command.shown.strip():
+                flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+                assert checker.check_output(command.shown.strip() + "\n", done.stdout, flags), f"$ {command.line}\n{done.stdout}"
+
+
+def test_getting_started_can_be_followed(tmp_path: Path) -> None:
+    _perform(DOCS / "getting-started.md", tmp_path)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(source.ROOT)))
+def test_recipes_in_documents_are_recipes(path: Path) -> None:
+    for block in markdown.blocks(path.read_text(encoding="utf-8")):
+        if block.language == "yaml" and (tree := yaml.safe_load(block.text)) and {"teacher", "student", "prompts"} <= set(tree):
+            stillroom.Recipe.from_tree(tree, name=str(path))
+
+
+# --- README -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_readme_shows_the_two_commands_first() -> None:
+    first_screen = "\n".join((source.ROOT / "README.md").read_text(encoding="utf-8").splitlines()[:20])
+    assert "make demo" in first_screen
+    assert "make test" in first_screen
+
+
+def test_the_readme_shows_what_a_report_prints() -> None:
+    """The pasted output has the rows that the terminal report has today, in its order; figures differ from run to run."""
+    from stillroom.runs.report import Report
+
+    shown = update_readme.pasted((source.ROOT / "README.md").read_text(encoding="utf-8"))
+    stored = source.ROOT / "benchmarks" / "results" / "readme-report.json"
+    assert shown.strip(), "README has no demo output: run scripts/update_readme.py"
+    report = Report.model_validate_json(stored.read_text(encoding="utf-8"))
+    assert shown == update_readme.terminal_text(report), "README's output is not that of benchmarks/results/readme-report.json"
+
+
+def test_the_readme_table_is_that_of_the_results() -> None:
+    text = (source.ROOT / "README.md").read_text(encoding="utf-8")
+    assert update_readme.with_results(text) == text, "README's table is stale: run scripts/update_readme.py"

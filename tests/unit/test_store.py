@@ -1,0 +1,733 @@
+"""The target store: what goes in comes out, it refuses what is not its own, every damage is found and named, and a death loses nothing that counted."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from contract import markdown, source
+from stillroom.core import durable
+from stillroom.core.errors import ModelError, ResourceError, StoreError
+from stillroom.core.identities import ModelRef, Sampling, TokenSequence
+from stillroom.targets.codecs import (
+    Codec,
+    CodecError,
+    HiddenCodec,
+    TextCodec,
+    TopKCodec,
+    bytes_per_row,
+    codec_from,
+    describe,
+    encode,
+    from_bfloat16,
+    measure_error,
+    to_bfloat16,
+    whole_log_probs_RV,
+)
+from stillroom.targets.kinds import HiddenTargets, Targets, TeacherHead, TextTargets, TopKTargets
+from stillroom.targets.manifest import manifest_from_bytes
+from stillroom.targets.rows import kind_of, row_count, slice_targets
+from stillroom.targets.store import StoredRecord, StoreIdentity, TargetStore, record_id
+
+SIZE, WIDTH, K = 19, 6, 5
+VOCABULARY = "f" * 64
+TEACHER = ModelRef(source="/models/t", kind="directory", revision=None, weights_sha256="a" * 64, architecture="Llama", parameters=10, licence="MIT")
+HEAD = TeacherHead(
+    weight_VD=numpy.random.default_rng(0).normal(size=(SIZE, WIDTH)).astype(numpy.float32),
+    bias_V=numpy.random.default_rng(1).normal(size=SIZE).astype(numpy.float32),
+    scale=0.5,
+    softcap=4.0,
+)
+CODECS: dict[str, Codec] = {
+    "text": TextCodec(),
+    "top_k": TopKCodec(k=K),
+    "hidden bfloat16": HiddenCodec(width=WIDTH),
+    "hidden float32": HiddenCodec(width=WIDTH, state_dtype="float32"),
+}
+EACH = pytest.mark.parametrize("name", CODECS)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_flushing() -> Iterator[None]:
+    """Flushing matters when the power fails, which is tested with `durable`; here it would only make thousands of small writes slow."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(durable.os, "fsync", lambda descriptor: None)
+        yield
+
+
+def identity(codec: Codec, **changes: object) -> StoreIdentity:
+    made = StoreIdentity(
+        teacher=TEACHER,
+        vocabulary=VOCABULARY,
+        vocabulary_size=SIZE,
+        chat_template_sha256=None,
+        codec=codec,
+        temperature=1.0,
+        generation=Sampling(max_new_tokens=8),
+    )
+    return replace(made, **changes)
+
+
+def sequence(rng: numpy.random.Generator, spans: int | None = None) -> TokenSequence:
+    length = int(rng.integers(1, 12))
+    cuts = numpy.sort(
+        rng.choice(length + 1, size=min(2 * (int(rng.integers(0, 3)) if spans is None else spans), (length + 1) // 2 * 2), replace=False)
+    )
+    return TokenSequence(
+        ids=tuple(rng.integers(0, SIZE, length).tolist()), answer_spans=tuple(zip(cuts[::2].tolist(), cuts[1::2].tolist(), strict=True))
+    )
+
+
+def targets(codec: Codec, of: TokenSequence, rng: numpy.random.Generator) -> Targets:
+    rows = len(of.scored_rows)
+    match codec:
+        case TextCodec():
+            return TextTargets(vocabulary=VOCABULARY, token_ids_R=numpy.array([of.ids[row + 1] for row in of.scored_rows], dtype=numpy.int64))
+        case TopKCodec():
+            log_probs_RV = numpy.log(rng.dirichlet(numpy.ones(SIZE), size=rows)).reshape(rows, SIZE)
+            ids_RK = numpy.argsort(-log_probs_RV, axis=1)[:, :K].astype(numpy.int32)
+            kept_RK = numpy.take_along_axis(log_probs_RV, ids_RK, axis=1)
+            tail_R = numpy.log(numpy.maximum(1 - numpy.exp(kept_RK).sum(axis=1), 1e-12)).astype(numpy.float32)
+            tail_R[:1] = -math.inf
+            return TopKTargets(
+                vocabulary=VOCABULARY,
+                temperature=1.0,
+                ids_RK=ids_RK,
+                log_probs_RK=kept_RK.astype(numpy.float32),
+                tail_log_mass_R=tail_R.astype(numpy.float32),
+            )
+        case HiddenCodec():
+            states_RD = rng.normal(size=(rows, WIDTH)).astype(numpy.float32)
+            return HiddenTargets(vocabulary=VOCABULARY, temperature=1.0, states_RD=states_RD, head=HEAD)
+
+
+def records(codec: Codec, count: int, seed: int = 0) -> list[StoredRecord]:
+    rng = numpy.random.default_rng(seed)
+    made: dict[str, StoredRecord] = {}
+    while len(made) < count:
+        of = sequence(rng)
+        made.setdefault(record_id(of), StoredRecord(sequence=of, targets=targets(codec, of, rng)))
+    return list(made.values())
+
+
+def create(directory: Path, codec: Codec, **changes: object) -> TargetStore:
+    return TargetStore.create_or_resume(directory, identity(codec, **changes), HEAD if isinstance(codec, HiddenCodec) else None)
+
+
+def filled(directory: Path, codec: Codec, shards: Sequence[int] = (5, 1, 4)) -> tuple[TargetStore, list[StoredRecord]]:
+    made = records(codec, sum(shards))
+    store, rest = create(directory, codec), list(made)
+    for count in shards:
+        store.append_shard(rest[:count])
+        rest = rest[count:]
+    return store, made
+
+
+def arrays(of: Targets) -> list[numpy.ndarray]:
+    match of:
+        case TextTargets():
+            return [of.token_ids_R]
+        case TopKTargets():
+            return [of.ids_RK, of.log_probs_RK, of.tail_log_mass_R]
+        case HiddenTargets():
+            return [from_bfloat16(of.states_RD) if of.states_RD.dtype == numpy.uint16 else of.states_RD]
+    raise AssertionError(of)
+
+
+def assert_holds(store: TargetStore, expected: Sequence[StoredRecord]) -> None:
+    """The records asked for, in the order asked, bit for bit as the codec writes them."""
+    sequences, read = store.read([record_id(record.sequence) for record in expected])
+    assert sequences == [record.sequence for record in expected]
+    assert kind_of(read) == store.identity.codec.kind
+    assert row_count(read) == sum(len(s.scored_rows) for s in sequences)
+    start = 0
+    for record in expected:
+        part = slice_targets(read, start, start + len(record.sequence.scored_rows))
+        start += len(record.sequence.scored_rows)
+        for got, wanted in zip(arrays(part), arrays(record.targets), strict=True):
+            if isinstance(store.identity.codec, HiddenCodec) and store.identity.codec.state_dtype == "bfloat16":
+                wanted = from_bfloat16(to_bfloat16(wanted))
+            assert numpy.array_equal(got, wanted)
+
+
+# -- round trip ---------------------------------------------------------------------------------------------------------
+
+
+@EACH
+def test_what_goes_in_comes_out_in_any_order(name: str, tmp_path: Path) -> None:
+    store, made = filled(tmp_path / "s", CODECS[name])
+    order = numpy.random.default_rng(4).permutation(len(made))
+    for opened in (store, TargetStore.open(tmp_path / "s", store.identity)):
+        assert opened.record_ids == tuple(record_id(record.sequence) for record in made)
+        assert_holds(opened, made)
+        assert_holds(opened, [made[i] for i in order])
+        assert_holds(opened, [made[3], made[9], made[3]])  # a record may be asked for twice
+        assert_holds(opened, [])
+        assert len(opened) == 10
+        assert opened.rows == sum(len(record.sequence.scored_rows) for record in made)
+        assert opened.tokens == sum(len(record.sequence.ids) for record in made)
+        assert opened.sequences(opened.record_ids) == [record.sequence for record in made]
+        assert opened.scored_tokens(opened.record_ids[:3]) == sum(len(record.sequence.scored_rows) for record in made[:3])
+        assert record_id(made[0].sequence) in opened
+        assert "0" * 64 not in opened
+
+
+@given(seed=st.integers(0, 2**32), shards=st.lists(st.integers(1, 6), max_size=4), name=st.sampled_from(sorted(CODECS)))
+@settings(deadline=None, max_examples=30)
+def test_any_records_round_trip(tmp_path_factory: pytest.TempPathFactory, seed: int, shards: list[int], name: str) -> None:
+    directory = tmp_path_factory.mktemp("store")
+    made = records(CODECS[name], sum(shards), seed)
+    store, rest = create(directory, CODECS[name]), list(made)
+    for count in shards:
+        assert store.append_shard(rest[:count]) == count
+        rest = rest[count:]
+    numpy.random.default_rng(seed).shuffle(made)  # type: ignore[arg-type]
+    assert_holds(TargetStore.open(directory), made)
+
+
+@EACH
+def test_the_same_records_give_the_same_bytes(name: str, tmp_path: Path) -> None:
+    one, other = filled(tmp_path / "a", CODECS[name])[0], filled(tmp_path / "b", CODECS[name])[0]
+    assert one.sha256 == other.sha256
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_a_record_is_its_tokens_and_spans(tmp_path: Path) -> None:
+    base = TokenSequence(ids=(1, 2, 3, 4), answer_spans=((2, 4),))
+    others = [
+        replace(base, ids=(1, 2, 3, 5)),
+        replace(base, ids=(1, 2, 3)),
+        replace(base, answer_spans=((1, 4),)),
+        replace(base, answer_spans=((2, 3), (3, 4))),
+        TokenSequence(ids=(1, 2, 3, 4, 1, 2, 4), answer_spans=()),
+    ]
+    assert len({record_id(s) for s in [base, *others]}) == 6
+    store = create(tmp_path / "s", TextCodec())
+    record = StoredRecord(sequence=base, targets=targets(TextCodec(), base, numpy.random.default_rng(0)))
+    assert store.append_shard([record, record]) == 1
+    before = store.sha256
+    assert store.append_shard([record]) == 0
+    assert (store.sha256, len(store)) == (before, 1)
+
+
+def test_reading_a_record_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    store, _ = filled(tmp_path / "s", TextCodec())
+    with pytest.raises(StoreError) as caught:
+        store.read(["0" * 64])
+    assert caught.value.code == "store-mismatch"
+    assert "0" * 64 in caught.value.found
+
+
+def test_the_head_comes_back_exactly(tmp_path: Path) -> None:
+    for name, head in (("all", HEAD), ("bare", TeacherHead(weight_VD=to_bfloat16(HEAD.weight_VD)))):
+        TargetStore.create_or_resume(tmp_path / name, identity(HiddenCodec(width=WIDTH)), head)
+        read = TargetStore.open(tmp_path / name).head
+        assert read is not None
+        assert numpy.array_equal(read.weight_VD, head.weight_VD)
+        assert read.weight_VD.dtype == head.weight_VD.dtype
+        assert (read.bias_V is None) == (head.bias_V is None)
+        assert (read.scale, read.softcap) == (head.scale, head.softcap)
+
+
+# -- refusals -------------------------------------------------------------------------------------------------------------
+
+
+CHANGES: dict[str, tuple[dict[str, object], str]] = {
+    "teacher": ({"teacher": replace(TEACHER, weights_sha256="b" * 64)}, "teacher.weights_sha256"),
+    "vocabulary": ({"vocabulary": "e" * 64}, "vocabulary.fingerprint"),
+    "template": ({"chat_template_sha256": "c" * 64}, "chat_template_sha256"),
+    "k": ({"codec": TopKCodec(k=K + 1)}, "codec.k"),
+    "codec": ({"codec": TextCodec()}, "codec.kind"),
+    "temperature": ({"temperature": 2.0}, "target_temperature"),
+    "sampling": ({"generation": Sampling(max_new_tokens=8, temperature=0.7)}, "generation.temperature"),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_store_of_something_else_is_refused_with_the_difference(what: str, tmp_path: Path) -> None:
+    store, _ = filled(tmp_path / "s", CODECS["top_k"])
+    changes, field = CHANGES[what]
+    before = contents(tmp_path / "s")
+    other = replace(store.identity, **changes)
+    for attempt in (lambda: TargetStore.open(tmp_path / "s", other), lambda: TargetStore.create_or_resume(tmp_path / "s", other)):
+        with pytest.raises(StoreError) as caught:
+            attempt()
+        assert caught.value.code == "store-mismatch"
+        assert field in caught.value.found
+    assert contents(tmp_path / "s") == before
+
+
+def test_differences_show_both_values_and_nothing_else() -> None:
+    one = identity(TextCodec())
+    two = replace(one, temperature=2.0, teacher=replace(TEACHER, weights_sha256="b" * 64))
+    assert one.differences(two) == [
+        f"teacher.weights_sha256: {'a' * 64!r} here, {'b' * 64!r} asked for",
+        "target_temperature: 1.0 here, 2.0 asked for",
+    ]
+    assert one.differences(one) == []
+
+
+def test_the_same_weights_elsewhere_are_the_same_teacher() -> None:
+    one = identity(TextCodec())
+    assert one.differences(replace(one, teacher=replace(TEACHER, source="/moved/t", kind="hub", revision="main"))) == []
+    unknown = replace(one, teacher=replace(TEACHER, weights_sha256=None))
+    moved = replace(unknown, teacher=replace(unknown.teacher, source="/moved/t"))
+    assert unknown.differences(moved) == ["teacher.source: '/models/t' here, '/moved/t' asked for"]
+
+
+def test_targets_of_another_vocabulary_temperature_or_head_are_refused(tmp_path: Path) -> None:
+    store, made = filled(tmp_path / "s", CODECS["top_k"])
+    record = records(CODECS["top_k"], 20, seed=9)[-1]
+    for changed in (replace(record.targets, vocabulary="e" * 64), replace(record.targets, temperature=2.0)):  # type: ignore[call-arg]
+        with pytest.raises(StoreError) as caught:
+            store.append_shard([replace(record, targets=changed)])
+        assert caught.value.code == "store-mismatch"
+    create(tmp_path / "h", HiddenCodec(width=WIDTH))
+    with pytest.raises(StoreError, match="another head"):
+        TargetStore.create_or_resume(tmp_path / "h", identity(HiddenCodec(width=WIDTH)), replace(HEAD, scale=1.0))
+    assert_holds(store, made)
+
+
+def test_what_is_no_number_is_never_stored(tmp_path: Path) -> None:
+    of = TokenSequence(ids=(1, 2, 3), answer_spans=((1, 3),))
+    for name in ("hidden bfloat16", "hidden float32"):
+        states_RD = numpy.zeros((2, WIDTH), dtype=numpy.float32)
+        states_RD[1, 2] = numpy.nan
+        store = create(tmp_path / name, CODECS[name])
+        with pytest.raises(ModelError, match="NaN"):
+            store.append_shard(
+                [StoredRecord(sequence=of, targets=HiddenTargets(vocabulary=VOCABULARY, temperature=1.0, states_RD=states_RD, head=HEAD))]
+            )
+        assert len(TargetStore.open(tmp_path / name)) == 0
+
+
+# -- damage ---------------------------------------------------------------------------------------------------------------
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.relative_to(directory).as_posix(): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+
+
+def put(path: Path, data: bytes | None) -> None:
+    """A new file in place of the old one, which may still be mapped."""
+    path.unlink(missing_ok=True)
+    if data is not None:
+        path.write_bytes(data)
+
+
+def flip(data: bytes, at: int, mask: int) -> bytes:
+    return data[:at] + bytes([data[at] ^ mask]) + data[at + 1 :]
+
+
+FILES = ("manifest.json", "head.weight.npy", "head.bias.npy", "shards/00001.arrow")
+DAMAGES: dict[str, tuple[Callable[[bytes], bytes | None], str]] = {
+    "missing": (lambda data: None, "is missing"),
+    "empty": (lambda data: b"", "is empty|is not JSON"),
+    "truncated": (lambda data: data[:-1], "is truncated|is not JSON|not written as"),
+    "half": (lambda data: data[: len(data) // 2], "is truncated|is not JSON"),
+    "longer": (lambda data: data + b"\n", "is too long|not written as"),
+    "flipped": (lambda data: flip(data, len(data) // 2, 0x10), "has been altered|is not JSON|own checksum"),
+    "foreign": (lambda data: b"PAR1" + bytes(len(data) - 4), "has been altered|is not JSON"),
+}
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_each_damage_is_named(file: str, damage: str, tmp_path: Path) -> None:
+    filled(tmp_path / "s", CODECS["hidden bfloat16"])
+    change, what = DAMAGES[damage]
+    path = tmp_path / "s" / file
+    put(path, change(path.read_bytes()))
+    with pytest.raises(StoreError) as caught:
+        TargetStore.open(tmp_path / "s")
+    assert caught.value.code == "store-corrupt"
+    assert f"{path} " in caught.value.found
+    assert re.search(what, caught.value.found)
+
+
+def test_a_file_that_is_not_of_the_store_is_named(tmp_path: Path) -> None:
+    filled(tmp_path / "s", CODECS["text"])
+    for name in ("notes.txt", "shards/00004.arrow", "shards/copy of 00000.arrow", "head.weight.npy"):
+        path = tmp_path / "s" / name
+        path.write_bytes(b"x")
+        with pytest.raises(StoreError) as caught:
+            TargetStore.open(tmp_path / "s")
+        assert caught.value.code == "store-corrupt"
+        assert f"{path} is not of this store" in caught.value.found
+        path.unlink()
+    (tmp_path / "s" / ".DS_Store").write_bytes(b"x")
+    TargetStore.open(tmp_path / "s")
+
+
+def test_a_directory_with_something_else_in_it_is_not_taken_over(tmp_path: Path) -> None:
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "thesis.txt").write_text("mine")
+    with pytest.raises(StoreError, match="thesis.txt"):
+        create(tmp_path / "s", TextCodec())
+
+
+def test_shards_without_their_manifest_are_not_overwritten(tmp_path: Path) -> None:
+    filled(tmp_path / "s", CODECS["text"])
+    (tmp_path / "s" / "manifest.json").unlink()
+    before = contents(tmp_path / "s")
+    with pytest.raises(StoreError, match=re.escape("manifest.json is missing")):
+        create(tmp_path / "s", TextCodec())
+    assert contents(tmp_path / "s") == before
+
+
+def test_the_manifest_of_another_store_does_not_serve(tmp_path: Path) -> None:
+    filled(tmp_path / "a", CODECS["top_k"])
+    store = create(tmp_path / "b", CODECS["top_k"])
+    for part in (5, 1, 4):
+        store.append_shard(records(CODECS["top_k"], 30, seed=7)[len(store) : len(store) + part])
+    put(tmp_path / "a" / "manifest.json", (tmp_path / "b" / "manifest.json").read_bytes())
+    with pytest.raises(StoreError, match=re.escape("00000.arrow")):
+        TargetStore.open(tmp_path / "a")
+
+
+def test_two_shards_exchanged_are_found(tmp_path: Path) -> None:
+    filled(tmp_path / "s", CODECS["top_k"], shards=(4, 4))
+    one, other = (tmp_path / "s" / "shards" / f"0000{i}.arrow" for i in (0, 1))
+    first, second = one.read_bytes(), other.read_bytes()
+    put(one, second)
+    put(other, first)
+    with pytest.raises(StoreError, match=re.escape("00000.arrow")):
+        TargetStore.open(tmp_path / "s")
+
+
+def test_a_manifest_of_a_later_schema_is_named_as_such(tmp_path: Path) -> None:
+    store, _ = filled(tmp_path / "s", CODECS["text"])
+    path = tmp_path / "s" / "manifest.json"
+    put(path, path.read_bytes().replace(b'"schema": 1', b'"schema": 2'))
+    with pytest.raises(StoreError, match="schema 2"):
+        TargetStore.open(store.directory)
+
+
+def test_every_single_byte_of_a_manifest_counts(tmp_path: Path) -> None:
+    filled(tmp_path / "s", CODECS["hidden bfloat16"], shards=(2,))
+    data = (tmp_path / "s" / "manifest.json").read_bytes()
+    manifest_from_bytes(data)
+    for at in range(len(data)):
+        for mask in (0x01, 0x20, 0x80):
+            with pytest.raises(ValueError):
+                manifest_from_bytes(flip(data, at, mask))
+
+
+def mutate(directory: Path, whole: dict[str, bytes], rng: numpy.random.Generator) -> str:
+    """One random change to one file of the store; returns the file's name."""
+    name = str(rng.choice(sorted(whole)))
+    data = whole[name]
+    at, length = int(rng.integers(len(data))), int(rng.integers(1, 9))
+    match int(rng.integers(7)):
+        case 0 | 1:
+            changed: bytes | None = flip(data, at, 1 << int(rng.integers(8)))
+        case 2:
+            changed = data[:at] + rng.bytes(length) + data[at + length :]
+        case 3:
+            changed = data[:at]
+        case 4:
+            changed = data[:at] + data[at + length :]
+        case 5:
+            changed = data[:at] + rng.bytes(length) + data[at:]
+        case _:
+            changed = None
+    if changed == data:  # random bytes may be those that were there
+        changed = flip(data, at, 1)
+    put(directory / name, changed)
+    return name
+
+
+def _mutations(directory: Path, count: int) -> None:
+    store, made = filled(directory, CODECS["hidden bfloat16"], shards=(3, 2))
+    whole = contents(directory)
+    rng = numpy.random.default_rng(20)
+    for _ in range(count):
+        name = mutate(directory, whole, rng)
+        with pytest.raises(StoreError) as caught:
+            TargetStore.open(directory, store.identity)
+        assert caught.value.code == "store-corrupt"
+        assert f"{directory / name} " in caught.value.found
+        put(directory / name, whole[name])
+    assert_holds(TargetStore.open(directory), made)
+
+
+def test_random_damage_is_always_found_and_named(tmp_path: Path) -> None:
+    _mutations(tmp_path / "s", 400)
+
+
+@pytest.mark.soak
+def test_much_random_damage_is_always_found_and_named(tmp_path: Path) -> None:
+    _mutations(tmp_path / "s", 6_000)
+
+
+# -- death and a full disk ----------------------------------------------------------------------------------------------------
+
+
+def capture(directory: Path) -> None:
+    """What a capture does, made to go on wherever it is started again: three shards of what is missing, then the codec's error."""
+    store = create(directory, CODECS["hidden bfloat16"])
+    made = records(CODECS["hidden bfloat16"], 10)
+    for start, stop in ((0, 4), (4, 7), (7, 10)):
+        store.append_shard(made[start:stop])
+    if store.codec_error is None:
+        store.record_codec_error(CodecError(mean_kl_nats=0.25, max_kl_nats=0.5, rows=3))
+
+
+CHILD = """
+import os, sys
+from pathlib import Path
+from stillroom.core import durable
+from unit import test_store
+points = iter(range(1, 1_000_000))
+durable.write_point = lambda: next(points) == int(sys.argv[2]) and os._exit(9)
+test_store.capture(Path(sys.argv[1]))
+"""
+
+
+def test_a_death_at_any_write_point_loses_and_repeats_nothing(tmp_path: Path) -> None:
+    points = _dies_at(0, tmp_path / "whole")
+    assert points == 3 * (2 + 1 + 3 * 2 + 1)  # two head files, a manifest, three shards and their manifests, the error: three points each
+    expected = contents(tmp_path / "whole")
+    # Every point in this process, where a death is an exception that nothing catches; two of them also as a real exit of a child.
+    for fatal in range(1, points + 1):
+        assert _dies_at(fatal, tmp_path / f"{fatal}") == fatal
+        _settled(tmp_path / f"{fatal}", expected)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(str(source.ROOT / folder) for folder in ("src", "tests"))}
+    for fatal in (12, 14):  # a shard written but not named; a manifest written but not yet in its place
+        directory = tmp_path / f"exit {fatal}"
+        done = subprocess.run([sys.executable, "-c", CHILD, str(directory), str(fatal)], env=environment, check=False)
+        assert done.returncode == 9
+        _settled(directory, expected)
+
+
+def test_the_shard_of_a_death_before_its_manifest_is_ignored_then_overwritten(tmp_path: Path) -> None:
+    codec = CODECS["hidden bfloat16"]
+    _dies_at(12, tmp_path / "s")  # after the first shard, before the manifest that names it
+    assert (tmp_path / "s" / "shards" / "00000.arrow").exists()
+    assert len(TargetStore.open(tmp_path / "s")) == 0
+    other = records(codec, 3, seed=77)
+    create(tmp_path / "s", codec).append_shard(other)
+    assert_holds(TargetStore.open(tmp_path / "s"), other)
+
+
+class _Died(BaseException):
+    pass
+
+
+def _dies_at(fatal: int, directory: Path) -> int:
+    """Captures until the write point of that number (0: to the end); returns the number of points passed."""
+    passed = 0
+
+    def write_point() -> None:
+        nonlocal passed
+        passed += 1
+        if passed == fatal:
+            raise _Died
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(_Died):
+        patch.setattr(durable, "write_point", write_point)
+        capture(directory)
+    return passed
+
+
+def _settled(directory: Path, expected: dict[str, bytes]) -> None:
+    if (directory / "manifest.json").exists():
+        TargetStore.open(directory)  # whatever was written before is whole
+    capture(directory)
+    left = {name: data for name, data in contents(directory).items() if not Path(name).name.startswith(".")}
+    assert left == expected
+
+
+def test_a_full_disk_leaves_the_store_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, made = filled(tmp_path / "s", CODECS["top_k"])
+    more = records(CODECS["top_k"], 30, seed=8)
+    before, write = contents(tmp_path / "s"), os.write
+    for allowed in (0, 1):  # the disk is full at the shard, or at the manifest after it
+
+        def full(descriptor: int, data: bytes, calls: list[int] = [allowed]) -> int:  # noqa: B006 - a counter of its own for each round
+            if calls[0] == 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            calls[0] -= 1
+            return write(descriptor, data)
+
+        monkeypatch.setattr(durable.os, "write", full)
+        with pytest.raises(ResourceError) as caught:
+            store.append_shard(more)
+        assert caught.value.code == "disk-full"
+        monkeypatch.undo()
+        assert_holds(store, made)
+        assert_holds(TargetStore.open(tmp_path / "s"), made)
+        assert {name: data for name, data in contents(tmp_path / "s").items() if name in before} == before
+    added = [record for record in more if record_id(record.sequence) not in store]
+    assert store.append_shard(more) == len(added)
+    assert_holds(TargetStore.open(tmp_path / "s"), [*made, *added])
+
+
+# -- codecs -------------------------------------------------------------------------------------------------------------------
+
+
+@EACH
+def test_a_codec_is_described_and_has_the_bytes_it_states(name: str, tmp_path: Path) -> None:
+    codec = CODECS[name]
+    assert codec_from(json.loads(json.dumps(describe(codec)))) == codec
+    record = records(codec, 1, seed=3)[0]
+    written = encode(codec, record.targets)
+    rows = len(record.sequence.scored_rows)
+    assert sum(column.nbytes for column in written.values()) == rows * bytes_per_row(codec)
+    assert bytes_per_row(codec) == {"text": 0, "top_k": 8 * K + 4, "hidden bfloat16": 2 * WIDTH, "hidden float32": 4 * WIDTH}[name]
+
+
+def test_codecs_refuse_what_they_cannot_write() -> None:
+    record = next(r for r in records(CODECS["top_k"], 20) if r.sequence.scored_rows)
+    assert isinstance(record.targets, TopKTargets)
+    with pytest.raises(ValueError, match="shape"):
+        encode(TopKCodec(k=K + 1), record.targets)
+    with pytest.raises(ValueError, match="cannot be written"):
+        encode(TextCodec(), record.targets)
+    with pytest.raises(ValueError, match="twice"):
+        encode(TopKCodec(k=K), replace(record.targets, ids_RK=numpy.zeros_like(record.targets.ids_RK)))
+    for description in ({"kind": "zip"}, {"kind": "top_k"}, {"kind": "hidden", "width": 3, "state_dtype": "int4"}, {}):
+        with pytest.raises(ValueError):
+            codec_from(description)
+
+
+@given(st.lists(st.floats(width=32, allow_nan=True), max_size=30))
+def test_bfloat16_is_the_nearest_one(values: list[float]) -> None:
+    """Against the definition: of the two bfloat16 numbers around a float32 the nearer, and of two equally near the even one."""
+    plain = numpy.array(values, dtype=numpy.float32)
+    for value, bits, got in zip(plain.tolist(), to_bfloat16(plain).tolist(), from_bfloat16(to_bfloat16(plain)).tolist(), strict=True):
+        if math.isnan(value):
+            assert math.isnan(got)
+            continue
+        if math.isinf(value):
+            assert got == value
+            continue
+        toward_zero = int(numpy.float32(value).view(numpy.uint32)) >> 16
+        # Past the largest bfloat16 comes 2^128, which is written as infinity.
+        distances = {candidate: abs(_exact(candidate) - value) for candidate in (toward_zero, toward_zero + 1)}
+        nearest = [candidate for candidate, distance in distances.items() if distance == min(distances.values())]
+        assert bits in nearest
+        assert len(nearest) == 1 or bits % 2 == 0
+        if 2**-126 <= abs(value) < 2**127:
+            assert abs(got - value) <= 2**-8 * abs(value)
+
+
+def _exact(bits: int) -> float:
+    sign, exponent, fraction = (-1.0 if bits & 0x8000 else 1.0), (bits >> 7) & 0xFF, bits & 0x7F
+    return sign * (fraction * 2.0**-133 if exponent == 0 else (128 + fraction) * 2.0 ** (exponent - 134))
+
+
+def test_measured_error_is_the_divergence_of_what_was_written() -> None:
+    rng = numpy.random.default_rng(6)
+    states_RD = rng.normal(size=(7, WIDTH)).astype(numpy.float32)
+    live = HiddenTargets(vocabulary=VOCABULARY, temperature=2.0, states_RD=states_RD, head=HEAD)
+    logits_RV = 0.5 * 4.0 * numpy.tanh((states_RD.astype(float) @ HEAD.weight_VD.astype(float).T + HEAD.bias_V) / 4.0) / 2.0
+    log_probs_RV = logits_RV - numpy.log(numpy.exp(logits_RV).sum(1, keepdims=True))
+    numpy.testing.assert_allclose(whole_log_probs_RV(live, SIZE), log_probs_RV, rtol=1e-12)
+    exact = measure_error(CODECS["hidden float32"], live, log_probs_RV)
+    assert exact is not None
+    assert exact.max_kl_nats < 1e-12
+    rounded = measure_error(CODECS["hidden bfloat16"], live, log_probs_RV)
+    assert rounded is not None
+    assert 1e-9 < rounded.mean_kl_nats <= rounded.max_kl_nats < 1e-3
+    assert rounded.rows == 7
+    assert measure_error(TextCodec(), TextTargets(vocabulary=VOCABULARY, token_ids_R=numpy.zeros(7)), log_probs_RV) is None
+
+
+def test_measured_error_of_top_k_counts_what_was_not_kept() -> None:
+    """Decoded, the tail is even: the loss is tail mass x KL(tail || even), and nothing where the tail was even."""
+    probabilities = numpy.array([[0.5, 0.25, 0.15, 0.1], [0.4, 0.3, 0.15, 0.15]])
+    kept = TopKTargets(
+        vocabulary=VOCABULARY,
+        temperature=1.0,
+        ids_RK=numpy.array([[0, 1], [0, 1]], dtype=numpy.int32),
+        log_probs_RK=numpy.log(probabilities[:, :2]),
+        tail_log_mass_R=numpy.log(probabilities[:, 2:].sum(1)),
+    )
+    error = measure_error(TopKCodec(k=2), kept, numpy.log(probabilities))
+    assert error is not None
+    expected = 0.15 * math.log(0.15 / 0.125) + 0.1 * math.log(0.1 / 0.125)
+    assert error.max_kl_nats == pytest.approx(expected, rel=1e-5)
+    assert error.mean_kl_nats == pytest.approx(expected / 2, rel=1e-5)
+    everything = replace(
+        kept,
+        ids_RK=numpy.array([[0, 1, 2, 3]] * 2, dtype=numpy.int32),
+        log_probs_RK=numpy.log(probabilities),
+        tail_log_mass_R=numpy.full(2, -math.inf),
+    )
+    error = measure_error(TopKCodec(k=4), everything, numpy.log(probabilities))
+    assert error is not None
+    assert error.max_kl_nats < 1e-7
+
+
+def test_the_codecs_error_is_kept(tmp_path: Path) -> None:
+    store, made = filled(tmp_path / "s", CODECS["top_k"])
+    assert store.codec_error is None
+    error = CodecError(mean_kl_nats=0.125, max_kl_nats=1.5, rows=12)
+    store.record_codec_error(error)
+    opened = TargetStore.open(tmp_path / "s", identity(CODECS["top_k"]))
+    assert opened.codec_error == error
+    assert opened.sha256 == store.sha256
+    assert json.loads((tmp_path / "s" / "manifest.json").read_bytes())["codec_error"] == asdict(error)
+    assert_holds(opened, made)
+
+
+# -- from its documentation alone ---------------------------------------------------------------------------------------------
+
+
+@EACH
+def test_a_store_opens_with_pyarrow_from_its_page_alone(name: str, tmp_path: Path) -> None:
+    page = (source.ROOT / "docs" / "reference" / "target-store.md").read_text(encoding="utf-8")
+    (script,) = [block.text for block in markdown.blocks(page) if block.info == ("python", "read_store.py")]
+    assert "stillroom" not in script.replace("stillroom target store", "")
+    (tmp_path / "read_store.py").write_text(script, encoding="utf-8")
+    store, made = filled(tmp_path / "s", CODECS[name])
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "read_store.py", "s"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["id"] for line in lines] == [record_id(record.sequence) for record in made]
+    for line, record in zip(lines, made, strict=True):
+        assert line["predicts"] == [record.sequence.ids[row + 1] for row in record.sequence.scored_rows]
+        _, read = store.read([record_id(record.sequence)])
+        if isinstance(read, TopKTargets):
+            assert line["best"] == read.ids_RK[:, 0].tolist()
+            assert line["tail"] == pytest.approx(numpy.exp(read.tail_log_mass_R).tolist())
+        if isinstance(read, HiddenTargets) and row_count(read):
+            assert line["best"] == whole_log_probs_RV(read, SIZE).argmax(axis=1).tolist()
+
+
+def test_the_page_names_every_field_of_the_manifest(tmp_path: Path) -> None:
+    page = (source.ROOT / "docs" / "reference" / "target-store.md").read_text(encoding="utf-8")
+    filled(tmp_path / "s", CODECS["hidden bfloat16"])
+
+    def names(tree: object) -> set[str]:
+        if isinstance(tree, dict):
+            return set(tree) | {name for value in tree.values() for name in names(value)}
+        return {name for value in tree for name in names(value)} if isinstance(tree, list) else set()
+
+    missing = [name for name in names(json.loads((tmp_path / "s" / "manifest.json").read_bytes())) if f"`{name}`" not in page]
+    assert not missing
+
+
+def test_a_moved_store_is_the_same_store(tmp_path: Path) -> None:
+    store, made = filled(tmp_path / "s", CODECS["top_k"])
+    shutil.move(tmp_path / "s", tmp_path / "t")
+    moved = TargetStore.open(tmp_path / "t", store.identity)
+    assert moved.sha256 == store.sha256
+    assert_holds(moved, made)

@@ -106,8 +106,14 @@ def train(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> Llama
     """Train to `args.steps`, checkpointing every 250 steps."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), max_position_embeddings=256, tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        eos_token_id=0, bos_token_id=None, pad_token_id=0, **{**SHAPE, **json.loads(args.shape)},
+        vocab_size=len(tokenizer),
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        eos_token_id=0,
+        bos_token_id=None,
+        pad_token_id=0,
+        **{**SHAPE, **json.loads(args.shape)},
     )
     model = LlamaForCausalLM(config)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens", flush=True)
@@ -141,7 +147,10 @@ def train(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> Llama
             optimizer.zero_grad()
             step += 1
             if step % 50 == 0:
-                print(f"step {step} loss {loss.item():.4f} {(step - since) * args.batch / (time.time() - began):.0f} ex/s {time.time() - began:.0f}s", flush=True)
+                print(
+                    f"step {step} loss {loss.item():.4f} {(step - since) * args.batch / (time.time() - began):.0f} ex/s {time.time() - began:.0f}s",
+                    flush=True,
+                )
             if step % 250 == 0 or step == args.steps:
                 partial = checkpoint.with_suffix(".partial")
                 torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, partial)

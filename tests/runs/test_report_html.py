@@ -24,6 +24,8 @@ from stillroom.core.errors import RunError
 from stillroom.runs.report import Report
 from stillroom.web import render, write
 
+pytestmark = pytest.mark.browser
+
 HERE = Path(__file__).parent
 FIXTURE = HERE.parent / "fixtures" / "report.json"
 CHECKS = (HERE / "report_html_checks.js").read_text(encoding="utf-8")
@@ -321,7 +323,7 @@ def test_nothing_is_broken(variant: Callable[[], dict[str, Any]], chromium: Chro
             chromium.picture(Path(shots) / f"{variant.__name__}-{width}-{scheme}-{media}.png")
     assert not problems, "\n".join(problems[:20])
     assert not complaints(chromium, path)
-    assert chromium.evaluate("document.title") == (report["title"])
+    assert chromium.evaluate("document.title") == report["title"]
 
 
 def test_prints(chromium: Chromium, tmp_path: Path) -> None:
@@ -359,7 +361,9 @@ def test_samples_can_be_filtered_and_curves_read(chromium: Chromium, tmp_path: P
     chromium.evaluate("[...document.querySelectorAll('.filter button')].find((b) => b.textContent.startsWith('Disagree')).click()")
     assert chromium.evaluate(shown) == disagreements
     prompt = report["samples"][0]["prompt"]
-    chromium.evaluate(f"(() => {{ const i = document.querySelector('.filter input'); i.value = {json.dumps(prompt)}; i.dispatchEvent(new Event('input')); }})()")
+    chromium.evaluate(
+        f"(() => {{ const i = document.querySelector('.filter input'); i.value = {json.dumps(prompt)}; i.dispatchEvent(new Event('input')); }})()"
+    )
     assert chromium.evaluate(shown) == sum(prompt in sample["prompt"] and not sample["agree"] for sample in report["samples"])
 
     chromium.evaluate("document.querySelector('#training svg.wide').scrollIntoView()")
@@ -396,7 +400,9 @@ def test_the_checks_can_fail(chromium: Chromium, tmp_path: Path) -> None:
 
 def test_a_script_in_the_page_that_is_not_ours_does_not_run(chromium: Chromium, tmp_path: Path) -> None:
     path = tmp_path / "injected.html"
-    path.write_text(render(base()).replace("<main>", "<main><script>document.title = 'owned'</script><img src='http://127.0.0.1:9/x'>"), encoding="utf-8")
+    path.write_text(
+        render(base()).replace("<main>", "<main><script>document.title = 'owned'</script><img src='http://127.0.0.1:9/x'>"), encoding="utf-8"
+    )
     chromium.open(path)
     assert chromium.evaluate("document.title") == base()["title"]
     assert any("Content Security Policy" in complaint for complaint in complaints(chromium, path))

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from contract import markdown, source
@@ -418,6 +418,14 @@ def test_a_manifest_of_a_later_schema_is_named_as_such(tmp_path: Path) -> None:
         TargetStore.open(store.directory)
 
 
+def test_a_manifest_edited_by_hand_does_not_match_its_own_checksum(tmp_path: Path) -> None:
+    filled(tmp_path / "s", CODECS["text"])
+    path = tmp_path / "s" / "manifest.json"
+    put(path, path.read_bytes().replace(b'"target_temperature": 1.0', b'"target_temperature": 2.0'))
+    with pytest.raises(StoreError, match=re.escape("manifest.json does not match its own checksum")):
+        TargetStore.open(tmp_path / "s")
+
+
 def test_every_single_byte_of_a_manifest_counts(tmp_path: Path) -> None:
     filled(tmp_path / "s", CODECS["hidden bfloat16"], shards=(2,))
     data = (tmp_path / "s" / "manifest.json").read_bytes()
@@ -606,7 +614,13 @@ def test_codecs_refuse_what_they_cannot_write() -> None:
             codec_from(description)
 
 
-@given(st.lists(st.floats(width=32, allow_nan=True), max_size=30))
+def _tie(upper: int) -> float:
+    """The float32 half-way between two bfloat16 numbers (or a NaN)."""
+    return float(numpy.array([upper << 16 | 0x8000], dtype=numpy.uint32).view(numpy.float32)[0])
+
+
+@given(st.lists(st.floats(width=32, allow_nan=True) | st.integers(0, 2**16 - 1).map(_tie), max_size=30))
+@example([_tie(0x3F80), _tie(0x3F81), _tie(0xBF80), _tie(0x7F7F), _tie(0)])
 def test_bfloat16_is_the_nearest_one(values: list[float]) -> None:
     """Against the definition: of the two bfloat16 numbers around a float32 the nearer, and of two equally near the even one."""
     plain = numpy.array(values, dtype=numpy.float32)

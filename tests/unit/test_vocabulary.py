@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -161,3 +162,15 @@ def test_more_ids_than_rows_is_refused(english: PreTrainedTokenizerFast) -> None
     with pytest.raises(ModelError) as caught:
         Vocabulary.from_tokenizer(english, rows=len(english) - 1)
     assert caught.value.code == "model-unsupported"
+
+
+@pytest.mark.parametrize("make", [byte_level, metaspace])
+def test_an_added_token_is_its_own_text(make: Callable[[list[str]], PreTrainedTokenizerFast]) -> None:
+    """Its characters are not those of the scheme: a space is a space, and a letter that stands for a byte elsewhere is itself."""
+    tokenizer = make(ENGLISH)
+    tokenizer.add_tokens([AddedToken("to do é\u0120", special=False), AddedToken("<|über me|>", special=True)])
+    vocabulary = Vocabulary.from_tokenizer(tokenizer, rows=1024)
+    for text, special in (("to do é\u0120", False), ("<|über me|>", True)):
+        index = tokenizer.convert_tokens_to_ids(text)
+        assert vocabulary.tokens[index] == text.encode()
+        assert (index in vocabulary.special_ids) == special

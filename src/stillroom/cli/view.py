@@ -99,13 +99,12 @@ def plan_page(plan: Plan) -> RenderableType:
     table.add_row("recipe", f"{plan.recipe_name}  (sha256 {plan.recipe_sha256[:12]})")
     for name, model in (("teacher", plan.teacher), ("student", plan.student)):
         table.add_row(
-            name, f"{model.source}  {model.architecture}, {_count(model.parameters)} parameters, {model.layers} layers x {model.width}, {_size(model.bytes)}"
+            name,
+            f"{model.source}  {model.architecture}, {_count(model.parameters)} parameters, {model.layers} layers x {model.width}, {_size(model.bytes)}",
         )
     table.add_row("", f"the student has {plan.teacher.parameters / plan.student.parameters:.1f} times fewer parameters")
     vocabulary = plan.vocabulary
-    table.add_row(
-        "vocabulary", f"{vocabulary.size} tokens, the same in both; logits {vocabulary.teacher_rows} and {vocabulary.student_rows} wide"
-    )
+    table.add_row("vocabulary", f"{vocabulary.size} tokens, the same in both; logits {vocabulary.teacher_rows} and {vocabulary.student_rows} wide")
     table.add_row("terms", _terms(plan))
     prompts = plan.prompts
     table.add_row(
@@ -186,8 +185,10 @@ def _costs(report: Report) -> RenderableType:
 def _made(report: Report) -> RenderableType:
     making = report.making
     stages = ", ".join(f"{name} {_duration(seconds.value)}" for name, seconds in making.wall_seconds.items())
-    return Text(f"made in {_duration(sum(s.value for s in making.wall_seconds.values()))} ({stages}) from {making.prompts.value:,.0f} prompts; "
-                f"terms: {report.provenance.verdict}")
+    return Text(
+        f"made in {_duration(sum(s.value for s in making.wall_seconds.values()))} ({stages}) from {making.prompts.value:,.0f} prompts; "
+        f"terms: {report.provenance.verdict}"
+    )
 
 
 def side_by_side(rows: Sequence[Comparison]) -> RenderableType:

@@ -8,8 +8,8 @@ from stillroom.core.hashing import canonical_json, sha256_hex
 def derive_seed(seed: int, *names: str | int) -> int:
     """A seed in [0, 2**53) for the part that `names` name.
 
-    It fits a JSON number. It is the first 53 bits of the SHA-256 of the canonical JSON of [seed, *names], integers as {"int": decimal digits}: the text "1" and the
-    number 1 are two names, and 0 is a seed like any other.
+    It fits a JSON number. It is the first 53 bits of the SHA-256 of the canonical JSON of [seed, *names], integers as {"int": decimal digits}:
+    the text "1" and the number 1 are two names, and 0 is a seed like any other.
     """
     tagged = [{"int": str(int(name))} if isinstance(name, int) else name for name in (seed, *names)]
     return int(sha256_hex(canonical_json(tagged))[:14], 16) >> 3

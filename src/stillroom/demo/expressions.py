@@ -37,9 +37,7 @@ _MONTHS = tuple(calendar.month_name[1:])
 _SHORT_MONTHS = tuple(name[:3] for name in _MONTHS)
 _WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 _CRON_WEEKDAYS = (1, 2, 3, 4, 5, 6, 0)
-_UNITS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
-).split()
+_UNITS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen").split()
 _TENS = ("", "", "twenty", "thirty", "forty", "fifty")
 _ORDINAL_WORDS = ("first", "second", "third", "fourth")
 

@@ -291,7 +291,7 @@ def _latency(seconds: Sequence[float], quantile: float, timings: CostTimings) ->
         f"one whole greedy answer at batch 1, {timings.device}, {timings.threads} thread(s), {len(seconds)} prompts in turn with the other model; "
         f"{quantile:.0%} quantile over prompts; its interval from order statistics"
     )
-    return Measured(value=float(np.quantile(seconds, quantile)), low=low, high=high, n=len(seconds), unit="s", how=how)
+    return Measured(value=float(np.quantile(seconds, quantile)), low=low, high=high, n=len(seconds), unit="seconds", how=how)
 
 
 def quantile_interval(values: Sequence[float], quantile: float, level: float = 0.95) -> tuple[float | None, float | None]:

@@ -175,7 +175,7 @@ def shared_facts(circumstances: Circumstances) -> Json:
             "temperature": _plain(sampling.temperature),
             "top_p": None if circumstances.top_p is None else _plain(circumstances.top_p),
             "max_new_tokens": sampling.max_new_tokens,
-            # A 63-bit seed does not fit a JSON number.
+            # A user's seed may be larger than a JSON number holds.
             "seed": str(sampling.seed),
         },
         "access": asdict(circumstances.access),

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
 
 from stillroom.core.identities import TokenSequence
-from stillroom.models.loading import body_of, config_from_teacher, head_of
+from stillroom.models.loading import body_of, config_from_teacher, count_parameters, head_of
 from stillroom.models.student import OptimiserSettings, TransformersStudent
 from stillroom.objectives.objective import Objective
 from stillroom.targets.kinds import FullTargets, HiddenTargets, Targets, TeacherHead, TextTargets, TopKTargets
@@ -96,7 +96,9 @@ def estimate(work: Workload) -> WorkEstimate:
         peak = _peak_bytes(work, probes)
     finally:
         torch.set_num_threads(threads)
-    return WorkEstimate(seconds=seconds, peak_memory_bytes=round(peak), how="one- and two-layer copies of both models timed on this machine, extrapolated")
+    return WorkEstimate(
+        seconds=seconds, peak_memory_bytes=round(peak), how="one- and two-layer copies of both models timed on this machine, extrapolated"
+    )
 
 
 class _Probes:
@@ -201,7 +203,7 @@ def _line(measure: Callable[[PreTrainedModel], float], models: list[PreTrainedMo
 
 
 def _count(model: PreTrainedModel) -> float:
-    return float(sum(p.numel() for p in model.parameters()))
+    return float(count_parameters(model))
 
 
 def _timed(action: Callable[[], object], device: torch.device) -> float:
@@ -235,7 +237,8 @@ def _timed_decode(model: PreTrainedModel, batch: int, length: int, device: torch
     cache = DynamicCache(config=model.config)
     model(input_ids=ids_BT, past_key_values=cache, use_cache=True, logits_to_keep=1)
     # The cache grows by a token each time, as it does in a run.
-    return _timed(lambda: model(input_ids=ids_BT[:, :1], past_key_values=cache, use_cache=True), device)
+    seconds: float = _timed(lambda: model(input_ids=ids_BT[:, :1], past_key_values=cache, use_cache=True), device)
+    return seconds
 
 
 def _train_step(work: Workload, model: PreTrainedModel) -> tuple[float, float, float]:

@@ -19,7 +19,7 @@ from stillroom.core import durable
 from stillroom.core.errors import RunError
 from stillroom.core.identities import Sampling, TokenIds, TokenSequence
 from stillroom.models.batching import by_length, pack_rectangle
-from stillroom.models.loading import body_of, head_of
+from stillroom.models.loading import body_of, count_parameters, head_of
 from stillroom.models.rollouts import decode
 from stillroom.objectives.objective import Objective, backward_chunked, sums_chunked
 from stillroom.targets.protocols import Batch, StepSums
@@ -76,7 +76,7 @@ class TransformersStudent:
                 divide_by=divide_by,
                 rows_per_chunk=self._rows_per_chunk,
             )
-        states_RD.backward(gradient_RD)  # type: ignore[no-untyped-call]
+        states_RD.backward(gradient_RD)
         return sums
 
     @torch.no_grad()
@@ -108,7 +108,7 @@ class TransformersStudent:
     @property
     def checkpoint_bytes(self) -> int:
         """What `save` writes: weights and two moments, all float32."""
-        return 12 * sum(p.numel() for p in self.model.parameters())
+        return 12 * count_parameters(self.model)
 
     def drop_gradient(self) -> None:
         """Forgets what has been accumulated (after a micro-batch that did not fit)."""
@@ -162,7 +162,10 @@ class TransformersStudent:
                     self._optimiser.state[parameter] = {key: state[f"{key}:{name}"].to(device[key]) for key in keys}
         except (OSError, KeyError, ValueError, RuntimeError, json.JSONDecodeError) as error:
             raise RunError(
-                "run-corrupt", found=f"checkpoint {directory}: {error}", expected="a checkpoint of this student", do=f"Remove {directory} and run again."
+                "run-corrupt",
+                found=f"checkpoint {directory}: {error}",
+                expected="a checkpoint of this student",
+                do=f"Remove {directory} and run again.",
             ) from error
 
     def _states(self, sequences: Sequence[TokenSequence]) -> torch.Tensor:

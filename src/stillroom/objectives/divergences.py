@@ -60,7 +60,7 @@ class Divergence:
                 expected=f"targets of kind {', '.join(self.kinds)}",
                 do=f"Set targets.kind to {' or '.join(self.kinds)}, or choose another divergence.",
             )
-        if kind == "top_k" and not math.isclose(target_temperature, match_temperature, rel_tol=1e-9):
+        if kind == "top_k" and target_temperature != match_temperature:
             exact = tuple(other for other in self.kinds if other != "top_k")
             raise StillroomError(
                 "targets-unsupported",

@@ -75,7 +75,9 @@ class Run:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise RunError("run-not-a-run", found=f"{self.directory}: {error.strerror}", expected="a directory", do="Choose another --out.") from error
+            raise RunError(
+                "run-not-a-run", found=f"{self.directory}: {error.strerror}", expected="a directory", do="Choose another --out."
+            ) from error
         with durable.DirectoryLock(self.directory):
             yield
 

@@ -17,6 +17,7 @@ from stillroom.core.clock import iso, now
 from stillroom.core.errors import DataError
 from stillroom.core.identities import Sampling, TokenIds, TokenSequence
 from stillroom.core.interrupts import StopRequest
+from stillroom.core.seeds import derive_seed
 from stillroom.data import Prompt, TransferSet, load_prompts
 from stillroom.evals.cost import CostSubject, measure_cost
 from stillroom.evals.fidelity import measure_fidelity
@@ -30,7 +31,6 @@ from stillroom.runs.directory import Run
 from stillroom.runs.observer import Observer
 from stillroom.runs.planning import Prepared
 from stillroom.runs.training import split, untrained_student
-from stillroom.core.seeds import derive_seed
 from stillroom.targets.store import TargetStore
 
 _STEPS = 6
@@ -51,7 +51,7 @@ class Evaluator:
         if self._items:
             self._score("teacher", lambda: self.teacher.model)
             self._score("student", lambda: self._student)
-            self._score("student_before", lambda: untrained_student(self.prepared, self.teacher).to(self.prepared.device).eval())
+            self._score("student_before", lambda: untrained_student(self.prepared, self.teacher).eval())
             if self.run.recipe.evaluation.label_only is not None:
                 self._score("label_only", lambda: self._loaded(self.run.label_only_path / "student"))
             self._write_samples()
@@ -118,9 +118,7 @@ class Evaluator:
         return load_model(describe(str(directory)), self.prepared.dtype, self.prepared.device)
 
     def _write_samples(self) -> None:
-        teacher, student = (
-            ItemScores.model_validate(durable.read_json(self.run.evals_path / f"{name}.json")) for name in ("teacher", "student")
-        )
+        teacher, student = (ItemScores.model_validate(durable.read_json(self.run.evals_path / f"{name}.json")) for name in ("teacher", "student"))
         lines = [
             json.dumps(
                 {"prompt": one.prompt, "expected": one.expected, "family": one.family, "teacher": one.answer, "student": other.answer},

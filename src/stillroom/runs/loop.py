@@ -261,6 +261,7 @@ class Loop:
 
     def _resume(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
+        durable.settle_directory(self.directory / "best")
         found = sorted(self._checkpoints.glob("step-????????"))
         if found:
             self.student.load(found[-1])
@@ -308,4 +309,4 @@ def _tensorboard_writer(directory: Path, step: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(directory), purge_step=step + 1)  # type: ignore[no-untyped-call]
+    return SummaryWriter(str(directory), purge_step=step + 1)

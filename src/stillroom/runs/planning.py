@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -360,7 +359,7 @@ class _Planner:
         return Hardware(
             device=device,
             dtype=dtype,
-            threads=threads if threads != "auto" else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+            threads=threads if threads != "auto" else torch.get_num_threads(),
             micro_batch=min(asked, per_step) if asked != "auto" else per_step,
             teacher_at_once=256,
             why="the recipe asks for it" if asked != "auto" else "the largest micro-batch that fits",
@@ -484,5 +483,3 @@ def _described(objective: Objective) -> str:
     terms = " + ".join(f"{term.weight:g} x {term.divergence.name}" if term.weight != 1 else term.divergence.name for term in objective.terms)
     squared = ", times its square" if objective.scale_by_temperature_squared else ""
     return terms if objective.match_temperature == 1 else f"{terms} at match temperature {objective.match_temperature:g}{squared}"
-
-

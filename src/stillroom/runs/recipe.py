@@ -292,7 +292,10 @@ class Recipe(_Section):
         """Checks a tree of plain values."""
         if not isinstance(tree, dict):
             raise RecipeError(
-                "recipe-invalid", found=f"{name} holds {type(tree).__name__}", expected="a mapping with teacher, student, prompts", do="See `stillroom init`."
+                "recipe-invalid",
+                found=f"{name} holds {type(tree).__name__}",
+                expected="a mapping with teacher, student, prompts",
+                do="See `stillroom init`.",
             )
         try:
             return cls.model_validate(tree)

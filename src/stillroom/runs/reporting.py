@@ -79,7 +79,9 @@ def _quality(run: Run, scores: dict[str, ItemScores | None]) -> Quality:
         gap = Absent(absent="the recipe has no label-only baseline")
     else:
         found = gap_recovered(student, label_only, teacher, resamples=resamples, seed=seed)
-        gap = _number(found, "ratio", "evals/{student,label_only,teacher}.json: (student - label_only) / (teacher - label_only), paired bootstrap over items")
+        gap = _number(
+            found, "ratio", "evals/{student,label_only,teacher}.json: (student - label_only) / (teacher - label_only), paired bootstrap over items"
+        )
     return Quality(**parts, gap_recovered=gap)
 
 
@@ -149,13 +151,17 @@ def _making(run: Run, plan: Plan, summary: dict[str, Any], training: dict[str, A
     money: Maybe = Absent(absent="the recipe gives no hardware.price_per_hour")
     if rate is not None:
         spent = sum(seconds.values()) / 3600 * rate
-        money = Number(value=spent, unit=run.recipe.hardware.currency, source=f"wall time of all stages at {rate:g} {run.recipe.hardware.currency} an hour")
+        money = Number(
+            value=spent, unit=run.recipe.hardware.currency, source=f"wall time of all stages at {rate:g} {run.recipe.hardware.currency} an hour"
+        )
     return Making(
         prompts=Number(value=plan.prompts.count, unit="prompts", source="plan.json"),
         teacher_tokens=Number(value=written, unit="tokens", source="collect.jsonl: tokens the teacher wrote"),
         training_tokens=Number(value=training["scored_tokens"], unit="tokens", source="training.json: scored tokens, repeats counted"),
         updates=Number(value=training["steps"], unit="updates", source="training.json"),
-        wall_seconds={name: Number(value=value, unit="seconds", source="wall clock, pauses between resumed parts left out") for name, value in seconds.items()},
+        wall_seconds={
+            name: Number(value=value, unit="seconds", source="wall clock, pauses between resumed parts left out") for name, value in seconds.items()
+        },
         money=money,
     )
 

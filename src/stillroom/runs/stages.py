@@ -130,7 +130,7 @@ def compare(run: Run, *, prompt: str | None, file: Path | None) -> list[tuple[st
     teacher = teacher_of(prepared)
     student = LocalTeacher(load_model(describe(str(run.student_path)), prepared.dtype, prepared.device), teacher.ref, teacher.vocabulary)
     answers = ([prepared.renderer.answer_text(completion) for completion in model.generate(ids, sampling)] for model in (teacher, student))
-    return [(one.content, *pair) for one, *pair in zip(asked, *answers, strict=True)]  # type: ignore[misc]
+    return [(one.content, *pair) for one, *pair in zip(asked, *answers, strict=True)]
 
 
 def teacher_of(prepared: Prepared) -> LocalTeacher:

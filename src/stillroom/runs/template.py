@@ -52,7 +52,7 @@ def _section(model: type[BaseModel], prefix: str, depth: int, live: bool) -> lis
         key = f"{prefix}{name}"
         default = _EXAMPLES.get(key, _default(info.get_default(call_default_factory=True), info.default))
         shown = live and (key in _SHOWN or info.is_required() or (default is not None and key in _EXAMPLES and _shown_parent(key)))
-        section = _OPTIONAL_SECTIONS.get(key) or (info.annotation if _is_section(info.annotation) else None)
+        section = _OPTIONAL_SECTIONS.get(key) or _as_section(info.annotation)
         if depth == 0:
             lines.append("")
         lines.extend(_comment(info.description or (section.__doc__ if section else None), depth))
@@ -69,8 +69,8 @@ def _shown_parent(key: str) -> bool:
     return key.rpartition(".")[0] in _SHOWN
 
 
-def _is_section(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+def _as_section(annotation: Any) -> type[BaseModel] | None:
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
 def _default(value: Any, declared: Any) -> Any:

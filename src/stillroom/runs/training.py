@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from transformers import PreTrainedModel
 
 from stillroom.core import durable
@@ -91,7 +92,7 @@ class Trainer:
         training = self.prepared.recipe.training
         settings = OptimiserSettings(weight_decay=training.weight_decay, betas=training.adam_betas, clip_norm=training.clip_norm)
         return TransformersStudent(
-            untrained_student(self.prepared, self.teacher).to(self.prepared.device),
+            untrained_student(self.prepared, self.teacher),
             self.prepared.student.vocabulary,
             settings,
             dtype=self.prepared.dtype,
@@ -183,7 +184,13 @@ class Trainer:
 
 
 def untrained_student(prepared: Prepared, teacher: LocalTeacher | None) -> PreTrainedModel:
-    """The student before its first step: float32, on the CPU; the same for the same recipe, and the same for student and baseline."""
+    """The student before its first step, float32: the same for the same recipe, and the same for student and baseline."""
+    model = _untrained_on_cpu(prepared, teacher)
+    torch.nn.Module.to(model, prepared.device)
+    return model
+
+
+def _untrained_on_cpu(prepared: Prepared, teacher: LocalTeacher | None) -> PreTrainedModel:
     section, plan = prepared.recipe.student, prepared.student
     if plan.description is not None:
         return load_model(plan.description)

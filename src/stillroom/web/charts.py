@@ -26,9 +26,7 @@ def both(draw: Callable[[float], Html]) -> Html:
 
 def legend(keys: Iterable[str]) -> Html:
     """What the marks mean."""
-    entries = [
-        el("li", el("svg", marker(key, 8, 8), width=16, height=16, viewBox="0 0 16 16", aria_hidden="true"), " ", NAMES[key]) for key in keys
-    ]
+    entries = [el("li", el("svg", marker(key, 8, 8), width=16, height=16, viewBox="0 0 16 16", aria_hidden="true"), " ", NAMES[key]) for key in keys]
     return el("ul", entries, class_="legend")
 
 
@@ -44,11 +42,11 @@ class Row:
     scores: dict[str, Measured]
 
 
-def dots(rows: Sequence[Row], label: str) -> Html:
-    """Shares with their intervals, one row each, models one below the other in a row."""
+def dots(rows: Sequence[Row], label: str) -> tuple[Html, float]:
+    """Shares with their intervals, one row each, models one below the other in a row; and where the axis begins."""
     lows = [score.low if score.low is not None else score.value for row in rows for score in row.scores.values()]
     floor = 0.0 if min(lows) < 0.4 else math.floor(min(lows) * 10 - 0.2) / 10
-    return both(lambda width: _dots(rows, label, floor, width))
+    return both(lambda width: _dots(rows, label, floor, width)), floor
 
 
 def _dots(rows: Sequence[Row], label: str, floor: float, width: float) -> Html:
@@ -65,7 +63,11 @@ def _dots(rows: Sequence[Row], label: str, floor: float, width: float) -> Html:
     ticks = scale.ticks(6)
     percents = [f"{at * 100:g}" + ("\u202f%" if at == ticks[-1] else "") for at in ticks]
     grid = [line(scale(at), LINE + 8, scale(at), y, "grid") for at in ticks]
-    axis = [text(scale(at), height, words, anchor="middle", class_="tick") for at, words in zip(ticks, percents, strict=True) for height in (LINE, y + LINE)]
+    axis = [
+        text(scale(at), height, words, anchor="middle", class_="tick")
+        for at, words in zip(ticks, percents, strict=True)
+        for height in (LINE, y + LINE)
+    ]
     return canvas(width, y + LINE + 8, label, grid, parts, axis)
 
 
@@ -121,10 +123,12 @@ def trade(points: Sequence[Point], label: str, axes: Axes) -> Html:
 
 def _trade(points: Sequence[Point], label: str, axes: Axes, width: float) -> Html:
     height = 330.0 if width < 500 else 380.0
-    x, y = _trade_scales(points, axes, width, height)
-    radii = _radii(points, 22.0 if width < 500 else 30.0)
+    largest = 22.0 if width < 500 else 30.0
+    bottom = height - 54
+    x, y = _trade_scales(points, axes, width, bottom - largest)
+    radii = _radii(points, largest)
     centres = [(x(point.size), y(point.height.value)) for point in points]
-    within = Box(x.start - 20, y.stop - 12, width, y.start)
+    within = Box(x.start - 20, y.stop - 12, width, bottom)
     taken = [Box(cx - r, cy - r, cx + r, cy + r) for (cx, cy), r in zip(centres, radii, strict=True)]
     taken += [Box(cx - 2, y(_ends(point)[1]), cx + 2, y(_ends(point)[0])) for (cx, _), point in zip(centres, points, strict=True)]
     discs, marks, labels = [], [], []
@@ -135,24 +139,31 @@ def _trade(points: Sequence[Point], label: str, axes: Axes, width: float) -> Htm
         discs.append(el("circle", cx=cx, cy=cy, r=radius, class_=f"disc {name}"))
         low, high = (y(end) for end in _ends(point))
         marks.append(join(line(cx, low, cx, high, f"whisker {name}"), marker(point.key, cx, cy, 5.5)))
-        labels.append(text(box.left, box.top + FONT, point.words, class_="label"))
+        labels.append(_label(point.words, box, cx))
         if abs((box.top + box.bottom) / 2 - cy) > LINE * 1.5 and not box.left < cx < box.right:
             labels.append(line(cx, cy, box.left - 3 if box.left > cx else box.right + 3, (box.top + box.bottom) / 2, "leader"))
-    return canvas(width, height, label, _trade_axes(x, y, axes, width, height), discs, marks, labels)
+    return canvas(width, height, label, _trade_axes(x, y, axes, bottom, width), discs, marks, labels)
 
 
-def _trade_scales(points: Sequence[Point], axes: Axes, width: float, height: float) -> tuple[Scale, Scale]:
+def _label(words: Sequence[str], box: Box, cx: float) -> Html:
+    """The words in their box, flush with the side that faces their point."""
+    if box.right < cx:
+        return text(box.right, box.top + FONT, words, anchor="end", class_="label")
+    if box.left > cx:
+        return text(box.left, box.top + FONT, words, class_="label")
+    return text((box.left + box.right) / 2, box.top + FONT, words, anchor="middle", class_="label")
+
+
+def _trade_scales(points: Sequence[Point], axes: Axes, width: float, lowest: float) -> tuple[Scale, Scale]:
     sizes = [point.size for point in points]
     middle, ratio = math.sqrt(min(sizes) * max(sizes)), max(4.0, max(sizes) / min(sizes))
     span = ratio**0.5 * ratio ** (0.30 if width < 500 else 0.22)
     ends = [end for point in points for end in _ends(point)]
     if axes.shares:
-        low, high = rounded_domain(ends, at_least=0.05, bounds=(0.0, 1.0))
-        # the air above 100 % keeps the mark and the disc of a perfect model inside the picture
-        domain = (low, high + (high - low) * 0.04)
+        domain = rounded_domain(ends, at_least=0.05, bounds=(0.0, 1.0))
     else:
         domain = (0.0, max(ends) * 1.15)
-    y = Scale(*domain, height - 54, 48.0)
+    y = Scale(*domain, lowest, 54.0)  # above and below, room for the disc of a model at the domain's end
     gutter = 10 + max(text_width(axes.height_style(at)) for at in y.ticks(6))
     return Scale(middle / span, middle * span, gutter + 24, width - 14, logarithmic=True), y
 
@@ -168,16 +179,17 @@ def _radii(points: Sequence[Point], most: float) -> list[float]:
     return [max(7.0, most * math.sqrt(point.speed / fastest)) if point.speed and fastest > 0 else 7.0 for point in points]
 
 
-def _trade_axes(x: Scale, y: Scale, axes: Axes, width: float, height: float) -> Html:
+def _trade_axes(x: Scale, y: Scale, axes: Axes, bottom: float, width: float) -> Html:
     left = x.start - 20
     rows = [
-        join(line(left, y(at), width, y(at), "grid"), text(left - 6, y(at) + 4, axes.height_style(at), anchor="end", class_="tick")) for at in y.ticks(6)
+        join(line(left, y(at), width, y(at), "grid"), text(left - 6, y(at) + 4, axes.height_style(at), anchor="end", class_="tick"))
+        for at in y.ticks(6)
     ]
     titles = [
         text(0, FONT + 2, axes.height, class_="axis-title"),
-        text((left + width) / 2, height - 6, axes.size, anchor="middle", class_="axis-title"),
+        text((left + width) / 2, bottom + 48, axes.size, anchor="middle", class_="axis-title"),
     ]
-    return join(rows, line(left, y.start, width, y.start, "axis"), _columns(x, y.start, axes.size_style, 8 if width >= 500 else 5, width), titles)
+    return join(rows, line(left, bottom, width, bottom, "axis"), _columns(x, bottom, axes.size_style, 8 if width >= 500 else 5, width), titles)
 
 
 def _columns(x: Scale, bottom: float, style: Style, most: int, width: float) -> list[Html]:
@@ -261,13 +273,17 @@ def _ends_above(ends: dict[str, str], width: float) -> list[Html]:
     """The same on one line above the picture, where there is no room beside it."""
     drawn, at = [], 0.0
     for name, words in ends.items():
-        drawn.append(join(line(at, FONT + LINE + 4, at + 16, FONT + LINE + 4, f"curve {name}"), text(at + 22, FONT + LINE + 8, words, class_=f"end {name}")))
+        drawn.append(
+            join(line(at, FONT + LINE + 4, at + 16, FONT + LINE + 4, f"curve {name}"), text(at + 22, FONT + LINE + 8, words, class_=f"end {name}"))
+        )
         at += width / len(ends)
     return drawn
 
 
 def _curve_axes(x: Scale, y: Scale, style: Style, gutter: float, width: float, height: float) -> Html:
-    rows = [join(line(gutter, y(at), x.stop, y(at), "grid"), text(gutter - 6, y(at) + 4, style(at), anchor="end", class_="tick")) for at in y.ticks(6)]
+    rows = [
+        join(line(gutter, y(at), x.stop, y(at), "grid"), text(gutter - 6, y(at) + 4, style(at), anchor="end", class_="tick")) for at in y.ticks(6)
+    ]
     columns = _columns(x, y.start, lambda step: f"{step:,.0f}", 7 if width >= 500 else 5, width)
     caption = text((x.start + x.stop) / 2, height - 6, "optimiser steps", anchor="middle", class_="axis-title")
     return join(rows, line(gutter, y.start, x.stop, y.start, "axis"), columns, caption)

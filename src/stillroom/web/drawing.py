@@ -139,7 +139,9 @@ def canvas(width: float, height: float, label: str, *children: Html | Iterable[H
     """An SVG picture that scales with its column; `label` is what a screen reader says of it."""
     which = "narrow" if width < 500 else "wide"
     box = f"0 0 {width:g} {height:g}"
-    return el("svg", *children, viewBox=box, role="img", aria_label=label, class_=f"chart {which}", data_points=data, preserveAspectRatio="xMidYMid meet")
+    return el(
+        "svg", *children, viewBox=box, role="img", aria_label=label, class_=f"chart {which}", data_points=data, preserveAspectRatio="xMidYMid meet"
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterable
-from typing import TypeAlias, Union
+from typing import TypeAlias
 
 VOID = frozenset({"meta", "link", "br", "hr", "input", "col", "wbr"})
 
 _CONTROL_PICTURES = {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\t\n"}
-_REPLACED = {0x7F: "\u2421", **{code: "\ufffd" for code in (*range(0x80, 0xA0), *range(0xD800, 0xE000), 0xFFFE, 0xFFFF)}}
+_REPLACED = {0x7F: "\u2421", **dict.fromkeys((*range(0x80, 0xA0), *range(0xD800, 0xE000), 0xFFFE, 0xFFFF), "\ufffd")}
 _VISIBLE = str.maketrans(_CONTROL_PICTURES | _REPLACED)
 
 
@@ -19,7 +19,7 @@ class Html(str):
     __slots__ = ()
 
 
-Child: TypeAlias = Union[Html, str, None, Iterable["Child"]]
+Child: TypeAlias = "Html | str | None | Iterable[Child]"
 Attribute: TypeAlias = str | int | float | bool | None
 
 

@@ -52,7 +52,10 @@ def render(report: dict[str, Any], *, metrics: list[dict[str, Any]] | None = Non
         record.provenance(report),
         record.reproduce(report),
         record.obligations(report),
-        el("footer", el("p", "Made by Stillroom from report.json, which holds every number in full. Rest on a number to see its raw value and source.")),
+        el(
+            "footer",
+            el("p", "Made by Stillroom from report.json, which holds every number in full. Rest on a number to see its raw value and source."),
+        ),
     )
     skip = el("a", "Skip to the results", href="#quality", class_="skip")
     body = el("body", skip, el("div", results.summary(report), _contents(), main, class_="page"), el("script", script))
@@ -99,7 +102,10 @@ def write(run_directory: Path) -> Path:
     if not isinstance(report, dict) or report.get("schema_version") != SCHEMA_VERSION:
         version = report.get("schema_version") if isinstance(report, dict) else None
         raise RunError(
-            "run-corrupt", found=f"{source} with schema version {version!r}", expected=f"version {SCHEMA_VERSION}", do="Make the report again with this version."
+            "run-corrupt",
+            found=f"{source} with schema version {version!r}",
+            expected=f"version {SCHEMA_VERSION}",
+            do="Make the report again with this version.",
         )
     target = run_directory / "report.html"
     write_bytes_atomic(target, render(report, metrics=_metrics(run_directory / "metrics.jsonl")).encode())
@@ -126,6 +132,3 @@ def _metrics(path: Path) -> list[dict[str, Any]] | None:
         if isinstance(row, dict):
             rows.append(row)
     return rows
-
-
-

@@ -32,9 +32,7 @@ def table(caption: str, heads: Sequence[Child], rows: Sequence[Sequence[Child]],
     The roles are spelled out because a table that the style sheet lays out as a grid loses them in some browsers.
     """
     head = el("tr", [el("th", cell, scope="col", role="columnheader") for cell in heads], role="row")
-    body = [
-        el("tr", el("th", row[0], scope="row", role="rowheader"), [el("td", cell, role="cell") for cell in row[1:]], role="row") for row in rows
-    ]
+    body = [el("tr", el("th", row[0], scope="row", role="rowheader"), [el("td", cell, role="cell") for cell in row[1:]], role="row") for row in rows]
     groups = el("thead", head, role="rowgroup"), el("tbody", body, role="rowgroup")
     return el("table", el("caption", caption), groups, role="table", class_=f"grid-{len(heads) - 1} {class_}".strip())
 
@@ -53,7 +51,7 @@ def fact(value: Any, *, code: bool = False) -> Html:
     if value is None or value == "" or value == []:
         return el("span", "not recorded", class_="absent")
     if isinstance(value, list | tuple):
-        return join(", ".join(str(entry) for entry in value))
+        return join(el("div", el("bdi", str(entry))) for entry in value)
     return el("code" if code else "bdi", str(value))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from stillroom.web import format as f
@@ -24,7 +24,14 @@ _COSTS: tuple[tuple[str, str, f.Style, str], ...] = (
     ("peak_memory_bytes", "Peak memory", f.size, "A fresh process that loads the model and answers, beyond the libraries."),
 )
 
-_STAGES = {"collect": "Collecting the teacher\u2019s targets", "train": "Training", "evaluate": "Evaluating", "plan": "Planning", "report": "Reporting"}
+_STAGES = {
+    "plan": "Planning",
+    "collect": "Collecting the teacher\u2019s targets",
+    "train": "Training",
+    "label_only": "Training the label-only baseline",
+    "evaluate": "Evaluating",
+    "report": "Reporting",
+}
 
 
 def costs(report: Node) -> Html:
@@ -45,7 +52,10 @@ def making(report: Node) -> Html:
     rows: list[list[Child]] = [
         ["Prompts", shown(read(report, "making", "prompts"), f.count)],
         ["Tokens the teacher wrote", shown(read(report, "making", "teacher_tokens"), f.count)],
-        [join("Tokens the student was trained on", el("span", "Scored tokens, repeats counted.", class_="why")), shown(read(report, "making", "training_tokens"), f.count)],
+        [
+            join("Tokens the student was trained on", el("span", "Scored tokens, repeats counted.", class_="why")),
+            shown(read(report, "making", "training_tokens"), f.count),
+        ],
         ["Optimiser steps", shown(read(report, "making", "updates"), f.count)],
         *_stage_rows(report),
     ]
@@ -56,7 +66,7 @@ def making(report: Node) -> Html:
 
 def _stage_rows(report: Node) -> list[list[Child]]:
     stages = dig(report, "making", "wall_seconds") or {}
-    readings = {name: read(stages, name) for name in stages}
+    readings = {name: read(stages, name) for name in _ordered(tuple(_STAGES), stages)}
     measured = {name: reading.value for name, reading in readings.items() if isinstance(reading, Measured)}
     if not readings:
         return [["Wall time", shown(Missing("no stage recorded its time"), f.seconds)]]
@@ -115,9 +125,17 @@ def _run_facts(report: Node, node: Node) -> list[tuple[str, Any]]:
 
 def _model_rows(node: Node) -> list[list[Child]]:
     teacher, student = node.get("teacher") or {}, node.get("student") or {}
-    keys = list(dict.fromkeys([*teacher, *student]))
+    keys = _ordered(
+        ("source", "kind", "revision", "architecture", "layers", "width", "parameters", "weights_sha256", "licence"), [*teacher, *student]
+    )
     named = {"weights_sha256": "Weights, SHA-256"}
     return [[named.get(key, key.replace("_", " ").capitalize()), *(_model_fact(key, side.get(key)) for side in (teacher, student))] for key in keys]
+
+
+def _ordered(first: Sequence[str], found: Iterable[str]) -> list[str]:
+    """The names found, those that are known in their own order, others after them."""
+    names = dict.fromkeys(found)
+    return [*(name for name in first if name in names), *(name for name in names if name not in first)]
 
 
 def _model_fact(key: str, value: Any) -> Html:
@@ -139,7 +157,9 @@ def reproduce(report: Node) -> Html:
         return section("reproduce", "How to reproduce", lead("The report records no commands."))
     node: Mapping[str, Any] = dig(report, "provenance") or {}
     words = join(
-        "With the versions above, the recipe whose hash is ", el("code", str(node.get("recipe_sha256") or "")[:16]), f"\u2026 and seed {node.get('seed')}:"
+        "With the versions above, the recipe whose hash is ",
+        el("code", str(node.get("recipe_sha256") or "")[:16]),
+        f"\u2026 and seed {node.get('seed')}:",
     )
     lines = [command if isinstance(command, str) else shlex.join(command) for command in commands]
     return section("reproduce", "How to reproduce", lead(words), el("pre", el("code", "\n".join(lines)), tabindex="0", aria_label="Commands"))
@@ -151,8 +171,10 @@ def obligations(report: Node) -> Html:
     terms: Mapping[str, Any] = node.get("terms") or {}
     owed = terms.get("obligations") or []
     owed = [owed] if isinstance(owed, str) else owed
-    names = {"licence": "Licence or terms", "distillation": "Distillation", "document": "Document", "read_on": "Read on"}
-    rows = [(names.get(key, key.replace("_", " ").capitalize()), _document(value)) for key, value in terms.items() if key != "obligations"]
+    names = {"licence": "Licence or terms", "distillation": "Distillation", "document": "Document", "read_on": "Read on", "reasons": "Why"}
+    rows = [
+        (names.get(key, key.replace("_", " ").capitalize()), _document(terms[key])) for key in _ordered(tuple(names), terms) if key != "obligations"
+    ]
     return section(
         "obligations",
         "Terms and obligations",
@@ -167,6 +189,3 @@ def _document(value: Any) -> Any:
     if isinstance(value, str) and value.startswith("https://"):
         return el("a", value, href=value, rel="noreferrer")
     return value
-
-
-

@@ -26,8 +26,9 @@ _WEAKEST_FAMILIES = 5
 def summary(report: Node) -> Html:
     """Title, verdict, the four key figures, and what was decided on the way."""
     provenance = dig(report, "provenance") or {}
-    created = f.moment(str(provenance.get("created") or "at an unrecorded time"))
-    made = join("Recipe ", el("b", str(provenance.get("recipe_name") or "without a name")), f", seed {provenance.get('seed', 'not recorded')}, made {created}")
+    created = el("span", f.moment(str(provenance.get("created") or "at an unrecorded time")), class_="whole")
+    seed = provenance.get("seed", "not recorded")
+    made = join("Recipe ", el("b", str(provenance.get("recipe_name") or "without a name")), f", seed {seed}, made ", created)
     return el(
         "header",
         el("p", "Stillroom \u00b7 distillation report", class_="eyebrow"),
@@ -43,11 +44,16 @@ def summary(report: Node) -> Html:
 def _key_figures(report: Node) -> Html:
     teacher = read(report, "quality", "teacher", "exact_match")
     beside = f"teacher {f.percent(teacher.value)}" if isinstance(teacher, Measured) else None
+    gap, smaller, faster = (
+        read(report, "quality", "gap_recovered"),
+        read(report, "cost", "ratios", "parameters"),
+        read(report, "cost", "ratios", "tokens_per_second"),
+    )
     figures = [
-        ("Gap recovered", read(report, "quality", "gap_recovered"), f.percent, "of the teacher\u2019s lead over labels alone"),
+        ("Gap recovered", gap, f.percent, "of the teacher\u2019s lead over labels alone" if isinstance(gap, Measured) else None),
         ("Student, exact match", read(report, "quality", "student", "exact_match"), f.percent, beside),
-        ("Smaller", read(report, "cost", "ratios", "parameters"), f.times, _from_to(report, "parameters", f.si, "parameters")),
-        ("Faster", read(report, "cost", "ratios", "tokens_per_second"), f.times, _from_to(report, "tokens_per_second", f.count, "tokens/s")),
+        (_ratio_name(smaller, "Smaller", "Size, teacher by student"), smaller, f.times, _from_to(report, "parameters", f.si, " parameters")),
+        (_ratio_name(faster, "Faster", "Speed, student by teacher"), faster, f.times, _from_to(report, "tokens_per_second", f.rate, "")),
     ]
     return el("dl", [_key_figure(*entry) for entry in figures], class_="key")
 
@@ -57,11 +63,15 @@ def _key_figure(name: str, reading: Reading, style: f.Style, note: str | None) -
     return el("div", el("dt", name), el("dd", value_only(reading, style)), notes)
 
 
+def _ratio_name(ratio: Reading, better: str, plain: str) -> str:
+    return better if isinstance(ratio, Missing) or ratio.value > 1 else plain
+
+
 def _from_to(report: Node, name: str, style: f.Style, unit: str) -> str | None:
     teacher, student = (read(report, "cost", who, name) for who in ("teacher", "student"))
     if isinstance(teacher, Missing) or isinstance(student, Missing):
         return None
-    return f"{style(teacher.value)} to {style(student.value)} {unit}"
+    return f"{style(teacher.value).removesuffix(' tokens/s')} to {style(student.value)}{unit}"
 
 
 def _decisions(decisions: Sequence[Node]) -> Html | None:
@@ -78,7 +88,13 @@ def _decisions(decisions: Sequence[Node]) -> Html | None:
 def decision_list(decisions: Iterable[Node]) -> Html:
     """What was chosen, and why."""
     entries = [
-        el("li", el("b", el("bdi", str(entry.get("what")))), ": ", el("bdi", str(entry.get("chosen"))), el("span", str(entry.get("why")), class_="why"))
+        el(
+            "li",
+            el("b", el("bdi", str(entry.get("what")))),
+            ": ",
+            el("bdi", str(entry.get("chosen"))),
+            el("span", str(entry.get("why")), class_="why"),
+        )
         for entry in decisions
     ]
     return el("ul", entries, class_="decisions")
@@ -98,9 +114,12 @@ def quality(report: Node) -> Html:
     rows = [Row("All items", _n_note(overall.values()), {m: s for m, s in overall.items() if isinstance(s, Measured)})]
     rows += [Row(name, _n_note(scores.values()), {m: s for m, s in scores.items() if isinstance(s, Measured)}) for name, scores in families]
     spoken = ", ".join(f"{NAMES[m]} {f.percent(s.value)}" for m, s in rows[0].scores.items())
+    picture, floor = dots(rows, f"Exact match with intervals. All items: {spoken}.")
     caption = "Share of items answered exactly right; the bar is the 95 % interval. All models saw the same items."
-    picture = figure(caption, dots(rows, f"Exact match with intervals. All items: {spoken}."), key=legend(present))
-    return section("quality", "Quality", lead(_gap_explained(report)), picture, _quality_table(overall, families))
+    caption += f" The axis begins at {f.percent_in_words(floor)}." if floor else ""
+    return section(
+        "quality", "Quality", lead(_gap_explained(report)), figure(caption, picture, key=legend(present)), _quality_table(overall, families)
+    )
 
 
 def _gap_explained(report: Node) -> Html:
@@ -204,7 +223,11 @@ def _speed_points(report: Node, by: str) -> list[Point]:
 
 # --- training -------------------------------------------------------------------------------------------------------------------------
 
-_METRIC_TITLES = {"learning_rate": "learning rate", "gradient_norm": "gradient norm", "tokens_per_second": "tokens per second"}
+_METRICS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("learning rate", ("learning_rate",)),
+    ("gradient norm", ("gradient_norm",)),
+    ("tokens per second", ("wall", "tokens_per_second")),
+)
 
 
 def training(report: Node, metrics: Sequence[Node] | None) -> Html:
@@ -217,7 +240,9 @@ def training(report: Node, metrics: Sequence[Node] | None) -> Html:
     ends = ", ".join(f"{name} {f.significant(points[-1][1])} at step {points[-1][0]:,.0f}" for name, points in series.items())
     picture, logarithmic = curves(series, f"Objective in nats per token over optimiser steps; last: {ends}.")
     caption = join("Objective in nats per scored token: lower is closer to the teacher.", logarithmic_words if logarithmic else None)
-    return section("training", "Training", figure(caption, picture, el("output", class_="readout", hidden=True)), _curve_table(series), _metric_curves(metrics))
+    return section(
+        "training", "Training", figure(caption, picture, el("output", class_="readout", hidden=True)), _curve_table(series), _metric_curves(metrics)
+    )
 
 
 def _series(entries: Iterable[Node], name: str) -> list[tuple[float, float]]:
@@ -237,13 +262,17 @@ def _curve_table(series: dict[str, list[tuple[float, float]]]) -> Html:
     every = max(1, -(-len(points) // 12))
     picked = sorted({*points[::every], points[-1]})
     rows = [[f"{step:,.0f}", el("data", f.nats(value), value=repr(value), title=repr(value))] for step, value in picked]
-    return el("details", el("summary", "The numbers behind the curve"), table(f"Objective, {name}", ["Step", "Nats per token"], rows, class_="numbers small"))
+    return el(
+        "details",
+        el("summary", "The numbers behind the curve"),
+        table(f"Objective, {name}", ["Step", "Nats per token"], rows, class_="numbers small"),
+    )
 
 
 def _metric_curves(metrics: Sequence[Node] | None) -> Html | None:
     drawn = []
-    for key, title in _METRIC_TITLES.items():
-        points = _numeric((row.get("step"), row.get(key)) for row in metrics or [])
+    for title, path in _METRICS:
+        points = _numeric((row.get("step"), dig(row, *path)) for row in metrics or [])
         if len(points) > 1:
             picture, _ = curves({"run": points}, f"{title} over optimiser steps", title=title)
             drawn.append(figure(f"{title.capitalize()} over training.", picture))
@@ -253,19 +282,32 @@ def _metric_curves(metrics: Sequence[Node] | None) -> Html | None:
 # --- fidelity -------------------------------------------------------------------------------------------------------------------------
 
 _FIDELITY = (
-    ("forward_kl_nats", "Forward KL", f.nats, "How much the student\u2019s probabilities differ from the teacher\u2019s, per token: 0 would be identical."),
+    (
+        "forward_kl_nats",
+        "Forward KL",
+        f.nats,
+        "How much the student\u2019s probabilities differ from the teacher\u2019s, per token: 0 would be identical.",
+    ),
     ("top1_agreement", "Top-1 agreement", f.percent, "How often both would write the same next token."),
-    ("acceptance", "Acceptance", f.percent, "If the student drafted for the teacher, this share of its tokens would be expected to be accepted at temperature 1."),
+    (
+        "acceptance",
+        "Acceptance",
+        f.percent,
+        "If the student drafted for the teacher, this share of its tokens would be expected to be accepted at temperature 1.",
+    ),
 )
 
 
 def fidelity(report: Node) -> Html:
     """How close the student's distributions are to the teacher's."""
     rows: list[list[Child]] = [
-        [join(el("b", name), el("span", explained, class_="why")), shown(read(report, "fidelity", key), style)] for key, name, style, explained in _FIDELITY
+        [join(el("b", name), el("span", explained, class_="why")), shown(read(report, "fidelity", key), style)]
+        for key, name, style, explained in _FIDELITY
     ]
     words = "Quality asks whether the answer is right; fidelity asks how like the teacher the student writes, token by token, on the teacher\u2019s own answers."
-    return section("fidelity", "Fidelity", lead(words), table("Fidelity to the teacher, with 95 % intervals", ["Measure", "Value"], rows, class_="fidelity"))
+    return section(
+        "fidelity", "Fidelity", lead(words), table("Fidelity to the teacher, with 95 % intervals", ["Measure", "Value"], rows, class_="fidelity")
+    )
 
 
 # --- failures -------------------------------------------------------------------------------------------------------------------------
@@ -316,7 +358,13 @@ def _wrong_answer(sample: Node) -> Html:
     return el(
         "li",
         passage(str(sample.get("prompt") or ""), "Prompt", class_="prompt"),
-        el("dl", el("dt", "Expected"), el("dd", passage(left, "Expected answer")), el("dt", "Student"), el("dd", passage(right, "Student\u2019s answer"))),
+        el(
+            "dl",
+            el("dt", "Expected"),
+            el("dd", passage(left, "Expected answer")),
+            el("dt", "Student"),
+            el("dd", passage(right, "Student\u2019s answer")),
+        ),
         el("p", _family_note(sample), blame, class_="note"),
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from stillroom.web.format import percent_in_words, times
+from stillroom.web.format import percent, percent_in_words, times
 from stillroom.web.readings import Measured, Node, Reading, read
 
 _ABOUT_EQUAL = 0.05
@@ -17,7 +17,10 @@ def verdict(report: Node) -> str:
     if smaller is None:
         smaller = _compared(read(report, "cost", "ratios", "bytes"), "is {} smaller", "is {} larger than the teacher", "is as large as the teacher")
     faster = _compared(
-        read(report, "cost", "ratios", "tokens_per_second"), "answers {} faster", "answers {} slower than the teacher", "answers as fast as the teacher"
+        read(report, "cost", "ratios", "tokens_per_second"),
+        "answers {} faster",
+        "answers {} slower than the teacher",
+        "answers as fast as the teacher",
     )
     clauses = [clause for clause in (kept, smaller, faster) if clause]
     if not clauses:
@@ -37,7 +40,7 @@ def _kept(report: Node) -> str | None:
         return _gap_in_words(gap.value)
     student, teacher = (read(report, "quality", who, "exact_match") for who in ("student", "teacher"))
     if isinstance(student, Measured) and isinstance(teacher, Measured):
-        return f"gets {percent_in_words(student.value)} of the items exactly right where the teacher gets {percent_in_words(teacher.value)}"
+        return f"gets {percent(student.value)} of the items exactly right where the teacher gets {percent(teacher.value)}"
     agreement = read(report, "fidelity", "top1_agreement")
     if isinstance(agreement, Measured):
         return f"would write the same next token as the teacher {percent_in_words(agreement.value)} of the time"

@@ -15,7 +15,7 @@ from stillroom.models.loading import body_of
 from stillroom.models.tokenizers import Renderer
 
 # How readily the teacher ends: with it, answers have one to a dozen tokens, and some run into the limit, so that every way of leaving a record out occurs.
-_READINESS_TO_END = 1.7
+_READINESS_TO_END = 2.0
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:

@@ -289,6 +289,12 @@ VARIANTS: tuple[Callable[[], dict[str, Any]], ...] = (
 
 def written(report: dict[str, Any], directory: Path) -> Path:
     """report.html of a run directory that holds this report."""
+    rows = [
+        {"step": k, "name": "train", "learning_rate": k * 1e-6, "gradient_norm": 3 / (k + 1), "wall": {"tokens_per_second": 800 + k % 7}}
+        for k in range(900)
+    ]
+    torn = '{"step": 901, "na'
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + torn, encoding="utf-8")
     (directory / "report.json").write_text(json.dumps(report), encoding="utf-8")
     return write(directory)
 
@@ -313,6 +319,7 @@ def test_nothing_is_broken(variant: Callable[[], dict[str, Any]], chromium: Chro
     Report.model_validate(report)
     path = written(report, tmp_path)
     chromium.open(path)
+    chromium.evaluate("document.querySelectorAll('details').forEach((details) => { details.open = true; })")
     problems = []
     views = [(width, scheme, "screen") for width in WIDTHS for scheme in SCHEMES] + [(PRINTED_WIDTH, scheme, "print") for scheme in SCHEMES]
     for width, scheme, media in views:
@@ -375,7 +382,7 @@ def test_samples_can_be_filtered_and_curves_read(chromium: Chromium, tmp_path: P
 def test_the_checks_can_fail(chromium: Chromium, tmp_path: Path) -> None:
     """Each check is given a page on which it must speak up."""
     path = tmp_path / "broken.html"
-    page = render(base())
+    page = render(base() | {"samples": []})
     breakages = {
         "the page is": "document.querySelector('main').style.width = '3000px'",
         "holds": "document.querySelector('h2').style.cssText = 'white-space: nowrap; width: 1px'",

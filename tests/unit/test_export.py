@@ -42,6 +42,7 @@ def test_plain_hugging_face_loads_it(tmp_path: Path) -> None:
     assert again.chat_template == DEMO_TEMPLATE
     assert again("next Monday")["input_ids"] == tokenizer("next Monday")["input_ids"]
     assert {path.name for path in (tmp_path / "student").iterdir()} == FILES
+    assert len({path.stat().st_mode for path in (tmp_path / "student").iterdir() if path.name != "README.md"}) == 1
     described = describe(str(tmp_path / "student"))
     assert (described.licence, described.end_ids) == ("apache-2.0", (0,))
     generation = json.loads((tmp_path / "student" / "generation_config.json").read_text())
@@ -68,6 +69,7 @@ def test_the_pipeline_answers_and_stops(tmp_path: Path) -> None:
 
 
 def test_the_same_student_is_the_same_bytes_wherever_it_comes_from(tmp_path: Path) -> None:
+    export_student(tiny_model("llama"), tiny_tokenizer(), tmp_path / "made", CARD)
     directory = save_tiny(tmp_path / "somewhere" / "model")
     tokenizer = load_tokenizer(str(directory))
     model = load_model(describe(str(directory)))
@@ -75,7 +77,7 @@ def test_the_same_student_is_the_same_bytes_wherever_it_comes_from(tmp_path: Pat
     # A tokenizer that has been used remembers how it padded and truncated.
     tokenizer(["a", "bb"], padding=True, truncation=True, max_length=7)
     export_student(load_model(describe(str(tmp_path / "a"))), tokenizer, tmp_path / "b", CARD)
-    assert digests(tmp_path / "a") == digests(tmp_path / "b")
+    assert digests(tmp_path / "made") == digests(tmp_path / "a") == digests(tmp_path / "b")
     assert str(tmp_path) not in "".join(path.read_text() for path in (tmp_path / "a").iterdir() if path.suffix != ".safetensors")
 
 

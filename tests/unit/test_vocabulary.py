@@ -168,9 +168,9 @@ def test_more_ids_than_rows_is_refused(english: PreTrainedTokenizerFast) -> None
 def test_an_added_token_is_its_own_text(make: Callable[[list[str]], PreTrainedTokenizerFast]) -> None:
     """Its characters are not those of the scheme: a space is a space, and a letter that stands for a byte elsewhere is itself."""
     tokenizer = make(ENGLISH)
-    tokenizer.add_tokens([AddedToken("to do é\u0120", special=False), AddedToken("<|über me|>", special=True)])
+    tokenizer.add_tokens([AddedToken("é\u0120", special=False), AddedToken("\u2581x", special=False), AddedToken("<|über me|>", special=True)])
     vocabulary = Vocabulary.from_tokenizer(tokenizer, rows=1024)
-    for text, special in (("to do é\u0120", False), ("<|über me|>", True)):
+    for text, special in (("é\u0120", False), ("\u2581x", False), ("<|über me|>", True)):
         index = tokenizer.convert_tokens_to_ids(text)
         assert vocabulary.tokens[index] == text.encode()
         assert (index in vocabulary.special_ids) == special

@@ -15,6 +15,7 @@ from stillroom.models.tokenizers import Renderer
 
 # Tokenizer, configuration and card together.
 _ROOM_BESIDE_WEIGHTS_BYTES = 64_000_000
+_OF_LOADING = ("is_local", "local_files_only", "name_or_path")
 
 
 def export_student(
@@ -36,12 +37,17 @@ def export_student(
         _at_rest(tokenizer).save_pretrained(partial)
         _generation(tokenizer, end_ids).save_pretrained(partial)
     write_bytes_atomic(partial / "README.md", card_text.encode("utf-8"))
+    # safetensors writes files that only their owner may read; whoever serves the student may be another user.
+    for weights in partial.glob("*.safetensors"):
+        weights.chmod((partial / "config.json").stat().st_mode)
     replace_directory(partial, directory)
 
 
 def _at_rest(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """The tokenizer without the padding and truncation of its last call, which it would otherwise save."""
+    """The tokenizer without the padding and truncation of its last call and without how it was loaded, which it would otherwise save."""
     fresh = copy.deepcopy(tokenizer)
+    for key in _OF_LOADING:
+        fresh.init_kwargs.pop(key, None)
     fresh.backend_tokenizer.no_padding()
     fresh.backend_tokenizer.no_truncation()
     return fresh

@@ -6,8 +6,7 @@ B sequences, T positions, R scored rows, V vocabulary size, K kept ids, D width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import assert_never
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
@@ -17,7 +16,7 @@ from stillroom.core.identities import ModelRef, Sampling, TokenIds, TokenSequenc
 from stillroom.models.batching import by_length, pack_rectangle
 from stillroom.models.loading import body_of, head_of, teacher_head_arrays
 from stillroom.models.rollouts import decode
-from stillroom.targets.kinds import Array, FullTargets, HiddenTargets, TargetRequest, Targets, TeacherHead, TextTargets, TopKTargets
+from stillroom.targets.kinds import FullTargets, HiddenTargets, TargetRequest, Targets, TextTargets, TopKTargets
 from stillroom.targets.protocols import LogitsTransform
 from stillroom.targets.vocabulary import Vocabulary
 
@@ -123,38 +122,6 @@ class LocalTeacher:
             log_probs_RK=torch.cat(kept),
             tail_log_mass_R=torch.cat(tails),
         )
-
-
-def as_arrays(targets: Targets) -> Targets:
-    """The same targets as numpy arrays, as a store takes them; bfloat16 becomes uint16."""
-    match targets:
-        case TextTargets():
-            return replace(targets, token_ids_R=_array(targets.token_ids_R))
-        case TopKTargets():
-            return replace(
-                targets,
-                ids_RK=_array(targets.ids_RK),
-                log_probs_RK=_array(targets.log_probs_RK),
-                tail_log_mass_R=_array(targets.tail_log_mass_R),
-            )
-        case HiddenTargets():
-            return replace(targets, states_RD=_array(targets.states_RD), head=head_arrays(targets.head))
-        case FullTargets():
-            return replace(targets, log_probs_RV=_array(targets.log_probs_RV))
-        case _:
-            assert_never(targets)
-
-
-def head_arrays(head: TeacherHead) -> TeacherHead:
-    """The same head as numpy arrays."""
-    return replace(head, weight_VD=_array(head.weight_VD), bias_V=None if head.bias_V is None else _array(head.bias_V))
-
-
-def _array(tensor: Array) -> Array:
-    if not isinstance(tensor, torch.Tensor):
-        return tensor
-    tensor = tensor.detach().cpu()
-    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 def text_targets(sequences: Sequence[TokenSequence], vocabulary: Vocabulary) -> TextTargets:

@@ -52,11 +52,14 @@ def as_arrays(targets: T) -> T:
                 tail_log_mass_R=_array(targets.tail_log_mass_R),
             )
         case HiddenTargets():
-            head = targets.head
-            bias_V = None if head.bias_V is None else _array(head.bias_V)
-            return replace(targets, states_RD=_array(targets.states_RD), head=replace(head, weight_VD=_array(head.weight_VD), bias_V=bias_V))
+            return replace(targets, states_RD=_array(targets.states_RD), head=head_as_arrays(targets.head))
         case FullTargets():
             return replace(targets, log_probs_RV=_array(targets.log_probs_RV))
+
+
+def head_as_arrays(head: TeacherHead) -> TeacherHead:
+    """The same head in numpy."""
+    return replace(head, weight_VD=_array(head.weight_VD), bias_V=None if head.bias_V is None else _array(head.bias_V))
 
 
 def head_logits_RV(states_RD: Tensor, head: TeacherHead, dtype: torch.dtype) -> Tensor:

@@ -22,7 +22,8 @@ from stillroom.core.seeds import derive_seed
 from stillroom.data import Candidate, Prompt, TransferSet, curate, freeze
 from stillroom.ledger import Circumstances, Collected, Frozen, Ledger, PromptSource
 from stillroom.models.loading import teacher_head_arrays
-from stillroom.models.local import LocalTeacher, as_arrays, head_arrays
+from stillroom.models.local import LocalTeacher
+from stillroom.objectives.tensors import as_arrays, head_as_arrays
 from stillroom.runs.directory import Run
 from stillroom.runs.observer import Observer
 from stillroom.runs.planning import Prepared
@@ -93,7 +94,7 @@ class Collector:
         self.run, self.prepared, self.teacher, self.ledger = run, prepared, teacher, ledger
         self.observer, self.stop = observer, stop
         identity = store_identity(prepared)
-        head = head_arrays(teacher_head_arrays(teacher.model, teacher.vocabulary.size)) if identity.codec.kind == "hidden" else None
+        head = head_as_arrays(teacher_head_arrays(teacher.model, teacher.vocabulary.size)) if identity.codec.kind == "hidden" else None
         self.store = TargetStore.create_or_resume(run.store_path, identity, head)
         self._circumstances = self._all_circumstances()
 

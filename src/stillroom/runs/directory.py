@@ -24,6 +24,7 @@ from stillroom.core import durable
 from stillroom.core.errors import RunError
 from stillroom.runs.recipe import Recipe
 from stillroom.runs.report import Report
+from stillroom.runs.summaries import read
 
 STATES = ("new", "planned", "collected", "trained", "evaluated", "reported")
 # What may be in a directory that no run has begun in: a lock, and inputs that whoever began it put there.
@@ -106,7 +107,7 @@ class Run:
     def report(self) -> Report:
         """The finished report. Raises RunError where the run has not come that far."""
         self.require("reported", "run")
-        return Report.model_validate(durable.read_json(self.report_path))
+        return read(self.report_path, Report)
 
     @property
     def recipe_path(self) -> Path:

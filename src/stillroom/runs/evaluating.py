@@ -30,6 +30,7 @@ from stillroom.runs.collecting import sampling_of, store_identity
 from stillroom.runs.directory import Run
 from stillroom.runs.observer import Observer
 from stillroom.runs.planning import Prepared
+from stillroom.runs.summaries import Evaluation, read
 from stillroom.runs.training import split, untrained_student
 from stillroom.targets.store import TargetStore
 
@@ -57,10 +58,13 @@ class Evaluator:
             self._write_samples()
         self._measure("fidelity", self._fidelity)
         self._measure("cost", self._cost)
-        durable.write_json_atomic(
-            self.run.evaluated_path,
-            {"seconds": round(time.monotonic() - began, 3), "time": iso(now()), "ledger_head": self.ledger.head, "ledger_entries": self.ledger.count},
+        done = Evaluation(
+            seconds=round(time.monotonic() - began, 3),
+            time=iso(now()),
+            ledger_head=self.ledger.head,
+            ledger_entries=self.ledger.count,
         )
+        durable.write_json_atomic(self.run.evaluated_path, done.model_dump(mode="json"))
 
     def _measure(self, name: str, measured: Callable[[], BaseModel]) -> None:
         path = self.run.evals_path / f"{name}.json"
@@ -118,7 +122,7 @@ class Evaluator:
         return load_model(describe(str(directory)), self.prepared.dtype, self.prepared.device)
 
     def _write_samples(self) -> None:
-        teacher, student = (ItemScores.model_validate(durable.read_json(self.run.evals_path / f"{name}.json")) for name in ("teacher", "student"))
+        teacher, student = (read(self.run.evals_path / f"{name}.json", ItemScores) for name in ("teacher", "student"))
         lines = [
             json.dumps(
                 {"prompt": one.prompt, "expected": one.expected, "family": one.family, "teacher": one.answer, "student": other.answer},

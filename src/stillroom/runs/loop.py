@@ -25,6 +25,7 @@ from stillroom.models.memory import is_out_of_memory
 from stillroom.models.student import TransformersStudent
 from stillroom.objectives.objective import Objective
 from stillroom.runs.observer import Observer
+from stillroom.runs.summaries import Halving
 from stillroom.targets.protocols import Batch, StepSums
 
 _SCORED_AT_ONCE = 64
@@ -84,7 +85,7 @@ class Progress:
     best_step: int = -1
     validations_without_gain: int = 0
     stopped_early: bool = False
-    halvings: list[dict[str, int]] = field(default_factory=list)
+    halvings: list[Halving] = field(default_factory=list)
 
 
 def step_records(records: Sequence[str], step: int, per_step: int, seed: int) -> list[str]:
@@ -187,7 +188,7 @@ class Loop:
                         do="Shorten the prompts or answers, lower training.rows_per_chunk, or use a machine with more memory.",
                     ) from error
                 self.progress.micro_batch //= 2
-                self.progress.halvings.append({"step": self.progress.step + 1, "micro_batch": self.progress.micro_batch})
+                self.progress.halvings.append(Halving(step=self.progress.step + 1, micro_batch=self.progress.micro_batch))
                 self.observer.note(f"out of memory at step {self.progress.step + 1}: going on with micro-batches of {self.progress.micro_batch}")
 
     def _accumulate_in(self, ordered: Sequence[str], micro_batch: int) -> StepSums:
@@ -296,11 +297,13 @@ def _added(parts: Sequence[StepSums]) -> StepSums:
 def _saved(progress: Progress) -> dict[str, Any]:
     saved = {name: getattr(progress, name) for name in Progress.__dataclass_fields__}
     saved["best_nats"] = None if math.isinf(progress.best_nats) else progress.best_nats
+    saved["halvings"] = [halving.model_dump() for halving in progress.halvings]
     return saved
 
 
 def _loaded(saved: dict[str, Any]) -> Progress:
-    return Progress(**{**saved, "best_nats": math.inf if saved["best_nats"] is None else saved["best_nats"]})
+    best_nats = math.inf if saved["best_nats"] is None else saved["best_nats"]
+    return Progress(**{**saved, "best_nats": best_nats, "halvings": [Halving(**halving) for halving in saved["halvings"]]})
 
 
 def _tensorboard_writer(directory: Path, step: int) -> Any:

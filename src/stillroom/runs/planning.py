@@ -11,9 +11,9 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 from stillroom.core import durable
-from stillroom.core.errors import DataError, ResourceError
+from stillroom.core.errors import DataError, ResourceError, StoreError
 from stillroom.data import LoadedPrompts, Prompt, load_prompts
-from stillroom.entitlement import TermsStatement, Verdict, decide
+from stillroom.entitlement import TermsStatement, Verdict, decide, require
 from stillroom.models.estimate import WorkEstimate, Workload, estimate
 from stillroom.models.loading import (
     ModelDescription,
@@ -90,21 +90,30 @@ def plan(recipe: Recipe) -> Plan:
     return prepare(recipe).plan
 
 
-def prepare(recipe: Recipe) -> Prepared:
-    """Checks everything and decides everything that a run depends on. Raises StillroomError for whatever would make the run fail later."""
+def prepare(recipe: Recipe, *, planned: Plan | None = None, gate: bool = False) -> Prepared:
+    """Checks everything and decides everything that a run depends on. Raises StillroomError for whatever would make the run fail later.
+
+    `planned` is a plan made before: its decisions stand, so that a run that is resumed goes on as it began. With `gate`, the terms must allow
+    learning from the teacher, or EntitlementDenied or EntitlementUnknown is raised before anything else is looked at.
+    """
     terms = _statement(recipe.terms)
     teacher = describe(recipe.teacher.model, recipe.teacher.revision)
     verdict = decide(terms, teacher.licence)
+    if gate:
+        require(verdict)
+    if planned is not None:
+        _require_same_teacher(planned, teacher)
     tokenizer = load_tokenizer(recipe.teacher.model, recipe.teacher.revision)
     teacher_vocabulary = vocabulary_of(tokenizer, teacher.shape.rows, teacher.end_ids)
     student = _plan_student(recipe, teacher, tokenizer, teacher_vocabulary)
     renderer = Renderer(tokenizer)
     prompts = load_prompts(recipe.prompts.path, dataset=recipe.prompts.dataset, split=recipe.prompts.split, limit=recipe.prompts.limit)
     objective = objective_of(recipe.objective)
-    page = _Planner(recipe, teacher, student, teacher_vocabulary, renderer, prompts, objective).plan(verdict, terms)
+    if planned is None:
+        planned = _Planner(recipe, teacher, student, teacher_vocabulary, renderer, prompts, objective).plan(verdict, terms)
     return Prepared(
         recipe=recipe,
-        plan=page,
+        plan=planned,
         verdict=verdict,
         terms=terms,
         teacher=teacher,
@@ -115,6 +124,17 @@ def prepare(recipe: Recipe) -> Prepared:
         prompts=prompts,
         objective=objective,
     )
+
+
+def _require_same_teacher(planned: Plan, teacher: ModelDescription) -> None:
+    if planned.teacher.weights_sha256 != teacher.weights_sha256:
+        raise StoreError(
+            "store-mismatch",
+            found=f"a teacher whose weights have SHA-256 {teacher.weights_sha256}",
+            expected=f"{planned.teacher.weights_sha256}, the weights that this run was planned with",
+            why="a student of two teachers could be told from neither",
+            do="Put the teacher back as it was, or run in a new directory.",
+        )
 
 
 def objective_of(section: ObjectiveSection) -> Objective:

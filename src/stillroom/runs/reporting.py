@@ -35,6 +35,7 @@ from stillroom.runs.report import (
     Report,
     Sample,
 )
+from stillroom.runs.summaries import Evaluation, Training, read
 
 MODELS = ("teacher", "student", "student_before", "label_only")
 _SAMPLES = 60
@@ -44,10 +45,10 @@ _CURVE_POINTS = 300
 
 def build_report(run: Run) -> Report:
     """The report of an evaluated run."""
-    plan = Plan.model_validate(durable.read_json(run.plan_path))
+    plan = read(run.plan_path, Plan)
     scores = {name: _scores(run, name) for name in MODELS}
-    summary = durable.read_json(run.evaluated_path)
-    training = durable.read_json(run.trained_path)
+    summary = read(run.evaluated_path, Evaluation)
+    training = read(run.trained_path, Training)
     return Report(
         title=run.recipe.name,
         quality=_quality(run, scores),
@@ -65,7 +66,7 @@ def build_report(run: Run) -> Report:
 
 def _scores(run: Run, name: str) -> ItemScores | None:
     path = run.evals_path / f"{name}.json"
-    return ItemScores.model_validate(durable.read_json(path)) if path.exists() else None
+    return read(path, ItemScores) if path.exists() else None
 
 
 def _quality(run: Run, scores: dict[str, ItemScores | None]) -> Quality:
@@ -109,7 +110,7 @@ def _of_interval(interval: Interval, unit: str, source: str) -> Number:
 
 
 def _fidelity(run: Run) -> Fidelity:
-    sums = FidelitySums.model_validate(durable.read_json(run.evals_path / "fidelity.json"))
+    sums = read(run.evals_path / "fidelity.json", FidelitySums)
     resamples, seed = run.recipe.evaluation.resamples, derive_seed(run.recipe.seed, "fidelity")
     source = f"evals/fidelity.json: {sums.scored_tokens} tokens of the teacher's own answers, bootstrap over answers"
     return Fidelity(
@@ -120,7 +121,7 @@ def _fidelity(run: Run) -> Fidelity:
 
 
 def _cost(run: Run) -> Cost:
-    measured = CostMeasurements.model_validate(durable.read_json(run.evals_path / "cost.json"))
+    measured = read(run.evals_path / "cost.json", CostMeasurements)
     return Cost(
         teacher=ModelCost(**_cost_fields(measured.teacher)),
         student=ModelCost(**_cost_fields(measured.student)),
@@ -141,12 +142,12 @@ def _measured(found: Measured | Absence) -> Maybe:
 # --- the making -----------------------------------------------------------------------------------------------------------------------
 
 
-def _making(run: Run, plan: Plan, summary: dict[str, Any], training: dict[str, Any]) -> Making:
+def _making(run: Run, plan: Plan, summary: Evaluation, training: Training) -> Making:
     collected = [json.loads(line) for line in durable.read_lines(run.collect_path)]
     written = sum(line["answer_tokens"] for line in collected) if run.recipe.prompts.answers == "teacher" else 0
-    seconds = {"collect": sum(line["seconds"] for line in collected), "train": training["seconds"], "evaluate": summary["seconds"]}
-    if training["label_only_seconds"]:
-        seconds["label_only"] = training["label_only_seconds"]
+    seconds = {"collect": sum(line["seconds"] for line in collected), "train": training.seconds, "evaluate": summary.seconds}
+    if training.label_only_seconds is not None:
+        seconds["label_only"] = training.label_only_seconds
     rate = run.recipe.hardware.price_per_hour
     money: Maybe = Absent(absent="the recipe gives no hardware.price_per_hour")
     if rate is not None:
@@ -157,8 +158,8 @@ def _making(run: Run, plan: Plan, summary: dict[str, Any], training: dict[str, A
     return Making(
         prompts=Number(value=plan.prompts.count, unit="prompts", source="plan.json"),
         teacher_tokens=Number(value=written, unit="tokens", source="collect.jsonl: tokens the teacher wrote"),
-        training_tokens=Number(value=training["scored_tokens"], unit="tokens", source="training.json: scored tokens, repeats counted"),
-        updates=Number(value=training["steps"], unit="updates", source="training.json"),
+        training_tokens=Number(value=training.scored_tokens, unit="tokens", source="training.json: scored tokens, repeats counted"),
+        updates=Number(value=training.steps, unit="updates", source="training.json"),
         wall_seconds={
             name: Number(value=value, unit="seconds", source="wall clock, pauses between resumed parts left out") for name, value in seconds.items()
         },
@@ -200,14 +201,14 @@ def _samples(teacher: ItemScores | None, student: ItemScores | None) -> list[Sam
 # --- provenance -----------------------------------------------------------------------------------------------------------------------
 
 
-def _provenance(run: Run, plan: Plan, summary: dict[str, Any], training: dict[str, Any]) -> Provenance:
+def _provenance(run: Run, plan: Plan, summary: Evaluation, training: Training) -> Provenance:
     environment = durable.read_json(run.env_path)
     transfer_set = TransferSet.load(run.transfer_set_path)
     recipe = run.recipe
     terms = plan.terms
     halvings = [
-        Decision(what="training.micro_batch", chosen=str(halved["micro_batch"]), why=f"out of memory at step {halved['step']}")
-        for halved in training["halvings"]
+        Decision(what="training.micro_batch", chosen=str(halved.micro_batch), why=f"out of memory at step {halved.step}")
+        for halved in training.halvings
     ]
     dropped = [
         Decision(what="transfer set", chosen=f"{count} records left out", why=DROP_REASONS[reason])  # type: ignore[index]
@@ -217,7 +218,7 @@ def _provenance(run: Run, plan: Plan, summary: dict[str, Any], training: dict[st
         recipe_sha256=recipe.sha256,
         recipe_name=recipe.name,
         teacher=_identity(plan.teacher.model_dump()),
-        student=_identity({**plan.student.model_dump(), "weights_sha256": training["weights_sha256"]}),
+        student=_identity({**plan.student.model_dump(), "weights_sha256": training.weights_sha256}),
         terms={
             "licence": terms.licence,
             "document": terms.document,
@@ -230,11 +231,11 @@ def _provenance(run: Run, plan: Plan, summary: dict[str, Any], training: dict[st
         versions=environment["versions"],
         machine=environment["machine"],
         transfer_set_sha256=transfer_set.sha256,
-        target_store_sha256=training["store_sha256"],
-        ledger_head=summary["ledger_head"],
-        ledger_entries=summary["ledger_entries"],
+        target_store_sha256=training.store_sha256,
+        ledger_head=summary.ledger_head,
+        ledger_entries=summary.ledger_entries,
         decisions=[*plan.decisions, *halvings, *dropped],
-        created=summary["time"],
+        created=summary.time,
         commands=[f"stillroom run {run.recipe_path.name} --out NEW-DIRECTORY", " ".join(environment["command"])],
     )
 

@@ -15,15 +15,17 @@ from stillroom.core.interrupts import StopRequest
 from stillroom.data import Prompt, load_prompts
 from stillroom.entitlement import require
 from stillroom.ledger import Ledger
-from stillroom.models.loading import describe, load_model
+from stillroom.models.loading import describe, load_model, silence
 from stillroom.models.local import LocalTeacher
 from stillroom.runs.collecting import Collector
 from stillroom.runs.directory import STATES, Run, environment
 from stillroom.runs.evaluating import Evaluator
 from stillroom.runs.observer import Observer
+from stillroom.runs.plan import Plan
 from stillroom.runs.planning import Prepared, prepare
 from stillroom.runs.recipe import Recipe
 from stillroom.runs.reporting import build_report, student_card
+from stillroom.runs.summaries import read
 from stillroom.runs.training import Trainer
 
 
@@ -31,7 +33,8 @@ def run(recipe: Recipe, out: Path, *, until: str, needs: str | None, observer: O
     """See stillroom.runs.run."""
     found = Run.begin(recipe, out)
     command = f"stillroom run {recipe.name}.yaml --out {out}"
-    with found.locked(), StopRequest(f"Run the same command again to resume, for instance: {command}") as stop:
+    # transformers speaks of attention masks and loading; what a person should know of a run is said by the run.
+    with silence(), found.locked(), StopRequest(f"Run the same command again to resume, for instance: {command}") as stop:
         if needs is not None:
             found.require(needs, STATES_TO_COMMANDS[needs])
         return Stages(found, observer, stop).run_until(until)
@@ -66,8 +69,7 @@ class Stages:
     def prepared(self) -> Prepared:
         """The recipe, checked; gate 1 is passed here, so nothing can be spent without it."""
         if self._prepared is None:
-            prepared = prepare(self.run.recipe)
-            require(prepared.verdict)
+            prepared = prepare(self.run.recipe, planned=_plan_of(self.run), gate=True)
             torch.set_num_threads(prepared.plan.hardware.threads)
             torch.use_deterministic_algorithms(True, warn_only=True)
             self._prepared = prepared
@@ -123,7 +125,7 @@ class Stages:
 def compare(run: Run, *, prompt: str | None, file: Path | None) -> list[tuple[str, str, str]]:
     """Prompt, teacher's answer, student's answer, for one prompt or for each of a file."""
     run.require("trained", "train")
-    prepared = prepare(run.recipe)
+    prepared = prepare(run.recipe, planned=_plan_of(run))
     asked = (Prompt.of(prompt),) if prompt is not None else load_prompts(file).prompts
     ids = [prepared.renderer.prompt_ids(one) for one in asked]
     sampling = Sampling(max_new_tokens=run.recipe.generation.max_new_tokens)
@@ -131,6 +133,11 @@ def compare(run: Run, *, prompt: str | None, file: Path | None) -> list[tuple[st
     student = LocalTeacher(load_model(describe(str(run.student_path)), prepared.dtype, prepared.device), teacher.ref, teacher.vocabulary)
     answers = ([prepared.renderer.answer_text(completion) for completion in model.generate(ids, sampling)] for model in (teacher, student))
     return [(one.content, *pair) for one, *pair in zip(asked, *answers, strict=True)]
+
+
+def _plan_of(run: Run) -> Plan | None:
+    """The plan that was made when the run began, if it has begun."""
+    return read(run.plan_path, Plan) if run.state != "new" else None
 
 
 def teacher_of(prepared: Prepared) -> LocalTeacher:

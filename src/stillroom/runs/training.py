@@ -29,6 +29,7 @@ from stillroom.runs.observer import Observer
 from stillroom.runs.planning import Prepared
 from stillroom.runs.recipe import LabelOnlySection
 from stillroom.runs.sources import LiveSource, StoredSource, TextSource
+from stillroom.runs.summaries import Training
 from stillroom.targets.store import TargetStore, record_id
 
 _UNREPORTED = "A student that is still being made by Stillroom; its report is not written yet.\n"
@@ -64,21 +65,19 @@ class Trainer:
         self._export(student.model, "student")
         label_only = self.prepared.recipe.evaluation.label_only
         baseline = self._train_label_only(label_only) if label_only is not None else None
-        durable.write_json_atomic(
-            self.run.trained_path,
-            {
-                "steps": progress.step,
-                "scored_tokens": progress.scored_tokens,
-                "seconds": round(progress.seconds, 3),
-                "halvings": progress.halvings,
-                "records": len(records),
-                "validation_records": len(validation),
-                "weights_sha256": sha256_file(self.run.student_path / "model.safetensors"),
-                "store_sha256": store.sha256,
-                "label_only_steps": baseline.best_step if baseline else None,
-                "label_only_seconds": round(baseline.seconds, 3) if baseline else None,
-            },
+        done = Training(
+            steps=progress.step,
+            scored_tokens=progress.scored_tokens,
+            seconds=round(progress.seconds, 3),
+            halvings=progress.halvings,
+            records=len(records),
+            validation_records=len(validation),
+            weights_sha256=sha256_file(self.run.student_path / "model.safetensors"),
+            store_sha256=store.sha256,
+            label_only_steps=baseline.best_step if baseline else None,
+            label_only_seconds=round(baseline.seconds, 3) if baseline else None,
         )
+        durable.write_json_atomic(self.run.trained_path, done.model_dump(mode="json"))
 
     @property
     def _seed(self) -> int:

@@ -1,0 +1,69 @@
+"""What the stages leave for those after them, beside the plan and the transfer set; and how such files are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from stillroom.core import durable
+from stillroom.core.errors import RunError
+
+M = TypeVar("M", bound=BaseModel)
+
+
+class Halving(BaseModel):
+    """A micro-batch that did not fit into memory."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    step: int
+    micro_batch: int
+
+
+class Training(BaseModel):
+    """training.json: what the train stage did."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    steps: int
+    scored_tokens: int
+    """Repeats counted."""
+    seconds: float
+    halvings: list[Halving] = Field(default_factory=list)
+    records: int
+    validation_records: int
+    weights_sha256: str
+    """Of student/model.safetensors."""
+    store_sha256: str
+    label_only_steps: int | None
+    """The step whose weights the baseline kept."""
+    label_only_seconds: float | None
+
+
+class Evaluation(BaseModel):
+    """evals/summary.json: when the evaluate stage was done, and the ledger as it was then."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    seconds: float
+    time: str
+    ledger_head: str
+    ledger_entries: int
+
+
+def read(path: Path, model: type[M]) -> M:
+    """The typed content of a JSON file of the run directory. Raises RunError 'run-corrupt', naming the field that is not as it should be."""
+    tree = durable.read_json(path)
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the whole"
+        raise RunError(
+            "run-corrupt",
+            found=f"{path}: {where}: {first['msg']}",
+            expected="a file as Stillroom wrote it",
+            do="Restore the file from a copy, or run again in a new directory.",
+        ) from error

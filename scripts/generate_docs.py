@@ -1,4 +1,4 @@
-"""Write the generated pages of docs/reference: cli.md, recipe.md, report.md, report.schema.json, errors.md.
+"""Write the generated pages of docs/reference: cli.md, recipe.md, plan.md, report.md, report.schema.json, errors.md.
 
     python scripts/generate_docs.py [--check]
 
@@ -20,8 +20,10 @@ from typing import Any, TypeAlias
 import typer
 import typer.core
 import typer.main
+from pydantic import BaseModel
 
 from stillroom.core import errors
+from stillroom.runs.plan import Plan
 from stillroom.runs.recipe import Recipe
 from stillroom.runs.report import Report
 
@@ -135,21 +137,33 @@ def anchor(heading: str) -> str:
 
 
 def report_page() -> str:
-    schema = Report.model_json_schema(mode="serialization")
-    definitions = schema.get("$defs", {})
-
-    def link(name: str) -> str:
-        return f"[{name}](#{anchor(name)})"
-
-    body = ["## Report", "", *fields_table(schema, definitions, link)]
-    for name, definition in definitions.items():
-        body += ["", f"## {name}", "", definition.get("description", ""), "", *fields_table(definition, definitions, link)]
     introduction = (
         "`report.json` of a run directory. Every number says its unit, where it came from and, where it is a sample's, how many observations stand "
         "behind it and a 95 % interval; a number that is not there is an `Absent` with the reason. "
         "The same as JSON Schema: [report.schema.json](report.schema.json)."
     )
-    return page("Report", introduction, body)
+    return page("Report", introduction, model_sections(Report))
+
+
+def plan_page() -> str:
+    introduction = (
+        "`plan.json` of a run directory, and what `stillroom plan --json` prints. Nothing in it was measured on the run itself: it comes before."
+    )
+    return page("Plan", introduction, model_sections(Plan))
+
+
+def model_sections(model: type[BaseModel]) -> list[str]:
+    """One section for each class, the outermost first."""
+    schema = model.model_json_schema(mode="serialization")
+    definitions = schema.get("$defs", {})
+
+    def link(name: str) -> str:
+        return f"[{name}](#{anchor(name)})"
+
+    body = []
+    for name, definition in [(model.__name__, schema), *definitions.items()]:
+        body += [f"## {name}", "", definition.get("description", ""), "", *fields_table(definition, definitions, link), ""]
+    return body
 
 
 def report_schema() -> str:
@@ -281,6 +295,7 @@ def pages() -> dict[str, str]:
     return {
         "cli.md": cli_page(app),
         "recipe.md": recipe_page(),
+        "plan.md": plan_page(),
         "report.md": report_page(),
         "report.schema.json": report_schema(),
         "errors.md": errors_page(),

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 STORED = RESULTS / "readme-report.json"
-WIDTH = 120
+WIDTH = 132
 
 OUTPUT = ("<!-- demo-output:begin -->", "<!-- demo-output:end -->")
 TABLE = ("<!-- results:begin -->", "<!-- results:end -->")

@@ -18,7 +18,8 @@ settings.load_profile("stillroom")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips tests marked `gpu` where there is no CUDA device, and says so."""
+    """Puts the longest test first; skips tests marked `gpu` where there is no CUDA device, and says so."""
+    items.sort(key=lambda item: item.get_closest_marker("first") is None)
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import doctest
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +23,7 @@ DOCS = source.ROOT / "docs"
 DOCUMENTS = sorted([*source.ROOT.glob("*.md"), *DOCS.rglob("*.md"), *(source.ROOT / "recipes").glob("*.md")])
 
 
-@pytest.mark.parametrize("name", ["cli.md", "recipe.md", "report.md", "report.schema.json", "errors.md"])
+@pytest.mark.parametrize("name", ["cli.md", "recipe.md", "plan.md", "report.md", "report.schema.json", "errors.md"])
 def test_generated_pages_are_fresh(name: str) -> None:
     written = (DOCS / "reference" / name).read_text(encoding="utf-8")
     assert written == generate_docs.pages()[name], f"docs/reference/{name} is stale: run `make docs`"
@@ -75,6 +77,20 @@ def test_the_error_codes_that_documents_name_exist() -> None:
                     assert line[1 : line.index("]")] in CODES, f"{path.name}: {line}"
 
 
+# Files and directories of a run whose keys are described on a page of their own, or are those of a Hugging Face directory or of a checkpoint.
+ELSEWHERE = {
+    "recipe.json",
+    "plan.json",
+    "report.json",
+    "ledger.jsonl",
+    "ledger.head.json",
+    "targets/",
+    "student/",
+    "checkpoints/",
+    "label_only/",
+    "inputs/",
+}
+
 # --- examples -----------------------------------------------------------------------------------------------------------------------
 
 
@@ -114,8 +130,39 @@ def _perform(path: Path, folder: Path) -> None:
                 assert checker.check_output(command.shown.strip() + "\n", done.stdout, flags), f"$ {command.line}\n{done.stdout}"
 
 
-def test_getting_started_can_be_followed(tmp_path: Path) -> None:
-    _perform(DOCS / "getting-started.md", tmp_path)
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which everything that docs/getting-started.md says has been done."""
+    folder = tmp_path_factory.mktemp("getting-started")
+    _perform(DOCS / "getting-started.md", folder)
+    return folder
+
+
+def test_getting_started_can_be_followed(started: Path) -> None:
+    assert (started / "runs" / "first" / "report.html").exists()
+
+
+def test_the_run_directory_is_as_documented(started: Path) -> None:
+    """Every file of a real run has its section, and every key of its JSON is named there (or has a generated page of its own)."""
+    run = started / "runs" / "first"
+    sections = dict(
+        re.findall(
+            r"^## `([^`]+)`\n(.*?)(?=^## |\Z)", (DOCS / "reference" / "run-directory.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+        )
+    )
+    undocumented = []
+    for path in sorted(run.rglob("*")):
+        if path.is_dir():
+            continue
+        name = path.relative_to(run).parts[0] + ("/" if path.parent != run else "")
+        if name not in sections:
+            undocumented.append(name)
+        elif path.suffix in (".json", ".jsonl") and name not in ELSEWHERE:
+            text = path.read_text(encoding="utf-8")
+            trees = [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else [json.loads(text)]
+            keys = {key for tree in trees for key in tree}
+            undocumented += [f"{path.relative_to(run)}: {key}" for key in sorted(keys) if f"`{key}`" not in sections[name]]
+    assert not undocumented, "\n".join(undocumented)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(source.ROOT)))

@@ -5,7 +5,10 @@ from __future__ import annotations
 import html
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,8 +17,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stillroom.core.errors import RunError
 from stillroom.web import format as f
-from stillroom.web import render
+from stillroom.web import render, write
 from stillroom.web.charts import thin
 from stillroom.web.difference import difference
 from stillroom.web.drawing import Box, Scale, placed, rounded_domain, text_width, wrapped
@@ -298,3 +302,27 @@ def test_thinned_curves_keep_their_mean() -> None:
     assert len(thinned) == 400
     assert sum(value for _, value in thinned) / 400 == pytest.approx(sum(value for _, value in points) / 1200)
     assert thin(points[:400], 400) == points[:400]
+
+
+# --- files ----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_write_refuses_what_is_no_report(tmp_path: Path) -> None:
+    with pytest.raises(RunError) as missing:
+        write(tmp_path)
+    assert missing.value.code == "run-not-a-run"
+    for content in ("{", "[]", '{"schema_version": 2}'):
+        (tmp_path / "report.json").write_text(content)
+        with pytest.raises(RunError) as corrupt:
+            write(tmp_path)
+        assert corrupt.value.code == "run-corrupt"
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_the_fixture_is_what_its_maker_makes() -> None:
+    made = subprocess.run(
+        [sys.executable, "-c", "import json, make_report; print(json.dumps(make_report.report()))"],
+        cwd=FIXTURE.parent, env={**os.environ, "PYTHONPATH": os.pathsep.join([str(FIXTURE.parents[2] / "src"), str(FIXTURE.parent)])},
+        capture_output=True, check=True, text=True,
+    )  # fmt: skip
+    assert json.loads(made.stdout) == fixture()

@@ -27,8 +27,8 @@ from stillroom.runs.report import Report
 from stillroom.runs.summaries import read
 
 STATES = ("new", "planned", "collected", "trained", "evaluated", "reported")
-# What may be in a directory that no run has begun in: a lock, and inputs that whoever began it put there.
-_NOT_OURS = (".lock", "inputs")
+# What may be in a directory that no run has begun in: a lock, inputs that whoever began it put there, and what a death in the first write left.
+_NOT_OURS = (".lock", "inputs", ".recipe.json.partial")
 _PACKAGES = ("stillroom", "torch", "transformers", "tokenizers", "safetensors", "numpy", "pyarrow", "pydantic")
 
 
@@ -179,7 +179,8 @@ def environment() -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             continue
     machine = {"system": platform.platform(), "processor": _processor(), "python": sys.version.split()[0]}
-    return {"versions": versions, "machine": machine, "command": sys.argv}
+    called = "stillroom" if Path(sys.argv[0]).stem in ("stillroom", "__main__") else sys.argv[0]
+    return {"versions": versions, "machine": machine, "command": [called, *sys.argv[1:]]}
 
 
 def _processor() -> str:

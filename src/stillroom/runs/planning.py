@@ -256,8 +256,8 @@ class _Planner:
             warnings=self.warnings,
         )
 
-    def _decided(self, what: str, chosen: str, why: str) -> None:
-        self.decisions.append(Decision(what=what, chosen=chosen, why=why))
+    def _decided(self, what: str, chosen: str, why: str, *, degraded: bool = False) -> None:
+        self.decisions.append(Decision(what=what, chosen=chosen, why=why, degraded=degraded))
 
     # --- prompts and signal -----------------------------------------------------------------------------------------------------------
 
@@ -315,7 +315,7 @@ class _Planner:
         kind, why = self._kind(facts, sizes)
         live = section.live or kind == "full"
         if kind == "full" and not section.live:
-            self._decided("targets", "live", "full distributions are never stored")
+            self._decided("targets", "live", "full distributions are never stored", degraded=True)
         self.objective.check(kind, section.target_temperature)
         return Signal(
             kind=kind,  # type: ignore[arg-type]

@@ -153,6 +153,8 @@ class Decision(_Part):
     what: str
     chosen: str
     why: str
+    degraded: bool = False
+    """Whether something was lost or done less well than asked for."""
 
 
 class Provenance(_Part):

@@ -207,11 +207,11 @@ def _provenance(run: Run, plan: Plan, summary: Evaluation, training: Training) -
     recipe = run.recipe
     terms = plan.terms
     halvings = [
-        Decision(what="training.micro_batch", chosen=str(halved.micro_batch), why=f"out of memory at step {halved.step}")
+        Decision(what="training.micro_batch", chosen=str(halved.micro_batch), why=f"out of memory at step {halved.step}", degraded=True)
         for halved in training.halvings
     ]
     dropped = [
-        Decision(what="transfer set", chosen=f"{count} records left out", why=DROP_REASONS[reason])  # type: ignore[index]
+        Decision(what="transfer set", chosen=f"{count} records left out", why=DROP_REASONS[reason], degraded=True)  # type: ignore[index]
         for reason, count in transfer_set.dropped.items()
     ]
     return Provenance(

@@ -32,9 +32,8 @@ from stillroom.runs.training import Trainer
 def run(recipe: Recipe, out: Path, *, until: str, needs: str | None, observer: Observer) -> Run:
     """See stillroom.runs.run."""
     found = Run.begin(recipe, out)
-    command = f"stillroom run {recipe.name}.yaml --out {out}"
     # transformers speaks of attention masks and loading; what a person should know of a run is said by the run.
-    with silence(), found.locked(), StopRequest(f"Run the same command again to resume, for instance: {command}") as stop:
+    with silence(), found.locked(), StopRequest(f"To resume, run the same command again with --out {out}.") as stop:
         if needs is not None:
             found.require(needs, STATES_TO_COMMANDS[needs])
         return Stages(found, observer, stop).run_until(until)

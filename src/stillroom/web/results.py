@@ -223,6 +223,8 @@ def _speed_points(report: Node, by: str) -> list[Point]:
 
 # --- training -------------------------------------------------------------------------------------------------------------------------
 
+_LOGARITHMIC = " The axis upwards is logarithmic."
+
 _METRICS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("learning rate", ("learning_rate",)),
     ("gradient norm", ("gradient_norm",)),
@@ -236,10 +238,9 @@ def training(report: Node, metrics: Sequence[Node] | None) -> Html:
     series = {name: points for name, points in series.items() if points}
     if not series:
         return section("training", "Training", lead("The run recorded no curve."))
-    logarithmic_words = " The axis upwards is logarithmic."
     ends = ", ".join(f"{name} {f.significant(points[-1][1])} at step {points[-1][0]:,.0f}" for name, points in series.items())
     picture, logarithmic = curves(series, f"Objective in nats per token over optimiser steps; last: {ends}.")
-    caption = join("Objective in nats per scored token: lower is closer to the teacher.", logarithmic_words if logarithmic else None)
+    caption = join("Objective in nats per scored token: lower is closer to the teacher.", _LOGARITHMIC if logarithmic else None)
     return section(
         "training", "Training", figure(caption, picture, el("output", class_="readout", hidden=True)), _curve_table(series), _metric_curves(metrics)
     )
@@ -274,8 +275,8 @@ def _metric_curves(metrics: Sequence[Node] | None) -> Html | None:
     for title, path in _METRICS:
         points = _numeric((row.get("step"), dig(row, *path)) for row in metrics or [])
         if len(points) > 1:
-            picture, _ = curves({"run": points}, f"{title} over optimiser steps", title=title)
-            drawn.append(figure(f"{title.capitalize()} over training.", picture))
+            picture, logarithmic = curves({"last": points}, f"{title} over optimiser steps", title=title)
+            drawn.append(figure(f"{title.capitalize()} over training." + (_LOGARITHMIC if logarithmic else ""), picture))
     return el("details", el("summary", "Learning rate, gradient and speed over training"), drawn) if drawn else None
 
 

@@ -62,34 +62,46 @@ def with_output(readme: str, report: Report) -> str:
 
 
 def with_results(readme: str) -> str:
-    """The README with a row for each headline result of benchmarks/results (see benchmarks/README.md for their format)."""
-    rows = [row for path in sorted(RESULTS.glob("*.json"), reverse=True) if path != STORED for row in _rows(path)]
+    """The README with a row for each seed of each benchmark of the demo in benchmarks/results, newest first."""
+    rows = [row for path in sorted(RESULTS.glob("*-demo.json"), reverse=True) for row in _rows(path)]
     if not rows:
         return put_between(readme, TABLE, "No benchmark has been run yet. `make bench` writes one.")
-    head = ["| result | value | n | commit | hardware | file |", "|---|---|---|---|---|---|"]
-    return put_between(readme, TABLE, "\n".join(head + rows))
+    head = (
+        "| demo | teacher | student | label-only | text-only | gap recovered | parameters | tokens/s, batch 1 / 32 | commit | hardware |\n"
+        "|---|---|---|---|---|---|---|---|---|---|"
+    )
+    return put_between(readme, TABLE, "\n".join([head, *rows]))
 
 
 def _rows(path: Path) -> list[str]:
     tree: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    where = tree.get("environment", {})
-    place = f"{_commit(where)} | {_hardware(where)} | [{path.stem}](benchmarks/results/{path.name})"
-    return [f"| {row['name']} | {_value(row)} | {row.get('n') or ''} | {place} |" for row in tree.get("headlines", ())]
+    return [_row(result, tree["environment"], f"[{path.stem[:10]}](benchmarks/results/{path.name})") for result in tree["seeds"]]
 
 
-def _value(row: dict[str, Any]) -> str:
-    value = f"{row['value']:.4g}"
-    if row.get("low") is not None and row.get("high") is not None:
-        value += f" [{row['low']:.4g}, {row['high']:.4g}]"
-    return f"{value} {row['unit']}".strip()
+def _row(result: dict[str, Any], where: dict[str, Any], link: str) -> str:
+    match, ratios = result["exact_match"], result["ratios"]
+    cells = [
+        f"{link}, seed {result['seed']}",
+        *(_percent(match[name]) for name in ("teacher", "student", "label_only")),
+        _percent(result.get("text_only", {}).get("exact_match", {"absent": ""})),
+        _percent(result["gap_recovered"]),
+        _times(ratios["parameters"]),
+        f"{_times(ratios['tokens_per_second'])} / {_times(ratios['tokens_per_second_batch_32'])}",
+        f"`{(where.get('commit') or 'none')[:10]}`" + (" with changes" if where.get("uncommitted_changes") else ""),
+        ", ".join(filter(None, [where.get("cpu"), f"{where.get('cores')} cores", where.get("accelerator")])),
+    ]
+    return "| " + " | ".join(cells) + " |"
 
 
-def _commit(where: dict[str, Any]) -> str:
-    return f"`{(where.get('commit') or 'none')[:10]}`" + (" with changes" if where.get("uncommitted_changes") else "")
+def _percent(number: dict[str, Any]) -> str:
+    if "absent" in number:
+        return "absent"
+    interval = f" [{100 * number['low']:.1f}, {100 * number['high']:.1f}]" if "low" in number else ""
+    return f"{100 * number['value']:.1f}{interval} %"
 
 
-def _hardware(where: dict[str, Any]) -> str:
-    return ", ".join(filter(None, [where.get("cpu"), f"{where.get('cores')} cores", where.get("accelerator")]))
+def _times(number: dict[str, Any]) -> str:
+    return "absent" if "absent" in number else f"{number['value']:.1f}x"
 
 
 def store(run: Path) -> Report:

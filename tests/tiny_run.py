@@ -73,7 +73,7 @@ def tiny_recipe(folder: Path, *, prompts: int = 24) -> dict[str, Any]:
             "path": str(items),
             "fidelity_prompts": 4,
             "resamples": 100,
-            "label_only": {"path": str(pairs), "validation_fraction": 0.25, "patience": 2, "validate_every": 1},
+            "label_only": {"path": str(pairs), "validation_fraction": 0.25, "patience": 2, "validate_every": 2},
         },
         "hardware": {"device": "cpu", "dtype": "float32", "threads": 1},
         "seed": 3,

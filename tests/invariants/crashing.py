@@ -10,6 +10,7 @@ Children are forked, since importing torch takes longer than the run itself: thi
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import os
@@ -20,8 +21,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas  # noqa: F401  (pyarrow imports it where it is installed: here once, and not in each child)
 import torch
-import torch.utils.tensorboard  # slow to import, and each child would
+import torch.utils.tensorboard  # likewise, for the loop
 
 from stillroom.core import durable
 from stillroom.core.errors import StillroomError
@@ -29,7 +31,7 @@ from stillroom.data import TransferSet
 from stillroom.evals.cost import CostMeasurements
 from stillroom.ledger import Ledger
 from stillroom.models.estimate import WorkEstimate
-from stillroom.runs import collecting, evaluating, planning, run
+from stillroom.runs import collecting, evaluating, planning, run, stages  # noqa: F401
 from stillroom.runs.directory import STATES
 from stillroom.runs.recipe import Recipe
 from stillroom.targets.store import TargetStore
@@ -44,6 +46,10 @@ def main(directory: Path, mode: str) -> None:
     """Makes the uninterrupted run, then one death after another."""
     recipe = Recipe.from_tree(tiny_recipe(directory / "in"))
     _quicken()
+    planning.prepare(recipe)  # for what it imports
+    # A collection in a child would touch, and so copy, all the memory that it shares with this process.
+    gc.collect()
+    gc.freeze()
     snapshots = _uninterrupted(recipe, directory, STATES[-1] if mode == "whole" else mode)
     for line in _deaths(recipe, directory / "case", snapshots, mode):
         print(json.dumps(line), flush=True)

@@ -92,7 +92,7 @@ class LocalTeacher:
         for group in by_length([len(sequence.ids) for sequence in sequences], self.at_once):
             rectangle = pack_rectangle([sequences[index] for index in group], self.model.device)
             states_BTD = body(input_ids=rectangle.ids_BT, use_cache=False).last_hidden_state
-            states_RD = states_BTD.reshape(-1, states_BTD.shape[-1])[rectangle.rows_R].float()
+            states_RD = states_BTD.reshape(-1, states_BTD.shape[-1]).index_select(0, rectangle.rows_R).float()
             counts = [len(sequences[index].scored_rows) for index in group]
             for index, part in zip(group, states_RD.split(counts), strict=True):
                 parts[index] = part

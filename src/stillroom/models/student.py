@@ -48,7 +48,8 @@ class TransformersStudent:
         rows_per_chunk: int = 2048,
     ) -> None:
         self.model = model.float()
-        self.model.train()
+        # Without dropout: its draws from a global generator could not be resumed, and a teacher's distribution is not a label to overfit.
+        self.model.eval()
         self.optim_steps = 0
         self._vocabulary = vocabulary
         self._settings = settings
@@ -84,7 +85,7 @@ class TransformersStudent:
         """The objective's sums on `batch` without any gradient: what the validation curve is drawn from."""
         if batch.scored_tokens == 0:
             return StepSums(objective_nats=0.0, terms_nats={}, scored_tokens=0)
-        with self._evaluating(), self._arithmetic():
+        with self._arithmetic():
             return sums_chunked(
                 self._states(batch.sequences),
                 head_of(self.model),
@@ -116,21 +117,19 @@ class TransformersStudent:
 
     def sample(self, prompts: Sequence[TokenIds], sampling: Sampling) -> list[TokenIds]:
         """One completion for each prompt, the end token included where it was reached."""
-        with self._evaluating():
-            return decode(self.model, prompts, sampling, end_ids=frozenset(self.vocabulary.end_ids), size=self.vocabulary.size)
+        return decode(self.model, prompts, sampling, end_ids=frozenset(self.vocabulary.end_ids), size=self.vocabulary.size)
 
     @torch.no_grad()
     def logprobs(self, sequences: Sequence[TokenSequence]) -> list[list[float]]:
         """For each sequence the log-probability (nats) of each of its scored tokens, at temperature 1."""
         results: list[list[float]] = [[]] * len(sequences)
-        with self._evaluating():
-            for group in by_length([len(sequence.ids) for sequence in sequences], 64):
-                part = [sequences[index] for index in group]
-                log_probs_RV = torch.log_softmax(self._logits(self._states(part)), dim=-1)
-                next_R = torch.tensor([s.ids[row + 1] for s in part for row in s.scored_rows], device=log_probs_RV.device)
-                chosen = log_probs_RV.gather(-1, next_R[:, None]).squeeze(-1)
-                for index, rows in zip(group, chosen.split([len(s.scored_rows) for s in part]), strict=True):
-                    results[index] = rows.tolist()
+        for group in by_length([len(sequence.ids) for sequence in sequences], 64):
+            part = [sequences[index] for index in group]
+            log_probs_RV = torch.log_softmax(self._logits(self._states(part)), dim=-1)
+            next_R = torch.tensor([s.ids[row + 1] for s in part for row in s.scored_rows], device=log_probs_RV.device)
+            chosen = log_probs_RV.gather(-1, next_R[:, None]).squeeze(-1)
+            for index, rows in zip(group, chosen.split([len(s.scored_rows) for s in part]), strict=True):
+                results[index] = rows.tolist()
         return results
 
     def save(self, directory: Path) -> None:
@@ -171,7 +170,7 @@ class TransformersStudent:
     def _states(self, sequences: Sequence[TokenSequence]) -> torch.Tensor:
         rectangle = pack_rectangle(sequences, self.model.device)
         states_BTD = body_of(self.model)(input_ids=rectangle.ids_BT, use_cache=False).last_hidden_state
-        states_RD: torch.Tensor = states_BTD.reshape(-1, states_BTD.shape[-1])[rectangle.rows_R]
+        states_RD: torch.Tensor = states_BTD.reshape(-1, states_BTD.shape[-1]).index_select(0, rectangle.rows_R)
         return states_RD
 
     def _logits(self, states_RD: torch.Tensor) -> torch.Tensor:
@@ -182,22 +181,6 @@ class TransformersStudent:
         if self._dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.model.device.type, self._dtype)
-
-    def _evaluating(self) -> _Evaluating:
-        return _Evaluating(self.model)
-
-
-class _Evaluating:
-    """Evaluation mode inside a with block, training mode after it."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._model = model
-
-    def __enter__(self) -> None:
-        self._model.eval()
-
-    def __exit__(self, *_: object) -> None:
-        self._model.train()
 
 
 def _adamw(model: PreTrainedModel, settings: OptimiserSettings) -> torch.optim.AdamW:

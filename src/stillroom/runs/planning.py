@@ -39,6 +39,8 @@ _SAMPLED_PROMPTS = 1000
 _STORE_SHARE_OF_FREE_DISK = 0.25
 _STORE_MOST_BYTES = 50e9
 _MEMORY_SHARE = 0.7
+# A step is sorted by length before it is cut into micro-batches, so smaller ones pad less; a CPU gains nothing from larger ones.
+_CPU_MICRO_BATCH = 64
 _DEFAULT_EPOCHS = 3.0
 
 
@@ -380,9 +382,9 @@ class _Planner:
             device=device,
             dtype=dtype,
             threads=threads if threads != "auto" else torch.get_num_threads(),
-            micro_batch=min(asked, per_step) if asked != "auto" else per_step,
+            micro_batch=min(asked, per_step) if asked != "auto" else min(per_step, _CPU_MICRO_BATCH) if device == "cpu" else per_step,
             teacher_at_once=256,
-            why="the recipe asks for it" if asked != "auto" else "the largest micro-batch that fits",
+            why="the recipe asks for it" if asked != "auto" else "the largest micro-batch that fits, on a CPU at most 64",
         )
 
     def _fitted(self, work: Workload, hardware: Hardware) -> tuple[Hardware, WorkEstimate]:

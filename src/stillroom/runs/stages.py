@@ -28,6 +28,8 @@ from stillroom.runs.reporting import build_report, student_card
 from stillroom.runs.summaries import read
 from stillroom.runs.training import Trainer
 
+_COMMANDS = {"planned": "plan", "collected": "collect", "trained": "train", "evaluated": "evaluate", "reported": "report"}
+
 
 def run(recipe: Recipe, out: Path, *, until: str, needs: str | None, observer: Observer) -> Run:
     """See stillroom.runs.run."""
@@ -35,11 +37,8 @@ def run(recipe: Recipe, out: Path, *, until: str, needs: str | None, observer: O
     # transformers speaks of attention masks and loading; what a person should know of a run is said by the run.
     with silence(), found.locked(), StopRequest(f"To resume, run the same command again with --out {out}.") as stop:
         if needs is not None:
-            found.require(needs, STATES_TO_COMMANDS[needs])
+            found.require(needs, _COMMANDS[needs])
         return Stages(found, observer, stop).run_until(until)
-
-
-STATES_TO_COMMANDS = {"planned": "plan", "collected": "collect", "trained": "train", "evaluated": "evaluate", "reported": "report"}
 
 
 class Stages:

@@ -1,0 +1,119 @@
+"""The recipe: strict, helpful, the same from YAML and from Python."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stillroom.core.errors import RecipeError
+from stillroom.runs.recipe import Recipe
+from stillroom.runs.template import recipe_template
+
+SMALLEST: dict[str, Any] = {
+    "teacher": {"model": "teacher"},
+    "student": {"from_teacher": {"layers": [0, 2]}},
+    "prompts": {"path": "prompts.jsonl"},
+}
+
+
+def test_the_template_is_a_recipe_and_says_what_every_key_is() -> None:
+    text = recipe_template()
+    assert Recipe.from_tree(yaml.safe_load(text)).teacher.model == "path/to/teacher"
+    written = {line.strip().removeprefix("# ").partition(":")[0] for line in text.splitlines() if ":" in line}
+    assert written >= set(Recipe.model_fields)
+    for section in ("training", "targets", "hardware"):
+        assert written >= set(type(getattr(Recipe.from_tree(SMALLEST), section)).model_fields)
+
+
+def test_yaml_and_python_give_the_same_object_and_the_same_hash(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(SMALLEST))
+    from_python = Recipe.model_validate(SMALLEST)
+    assert Recipe.from_yaml(path) == from_python
+    assert Recipe.from_yaml(path).sha256 == from_python.sha256
+    assert Recipe.from_tree({**SMALLEST, "seed": 1}).sha256 != from_python.sha256
+
+
+def test_a_recipe_round_trips_through_its_canonical_json() -> None:
+    recipe = Recipe.from_tree(SMALLEST)
+    assert Recipe.model_validate_json(recipe.canonical()) == recipe
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"trainng": {}}, "`training`"),
+        ({"training": {"learning_rat": 1e-3}}, "`learning_rate`"),
+        ({"objective": {"terms": [{"divergense": "forward_kl"}]}}, "`divergence`"),
+        ({"student": {"from_scratch": {"layers": 1, "width": 8, "heads": 1, "feedforward": 8}}}, "`feed_forward`"),
+        ({"evaluation": {"label_only": {"path": "x", "patients": 3}}}, "`patience`"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_one(change: dict[str, Any], says: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        Recipe.from_tree({**SMALLEST, **change})
+    assert caught.value.code == "recipe-unknown-key"
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"student": {}},
+        {"student": {"model": "a", "from_teacher": {"layers": [0]}}},
+        {"prompts": {"path": "a", "dataset": "b"}},
+        {"training": {"steps": 3, "epochs": 1}},
+        {"training": {"steps": 0}},
+        {"training": {"learning_rate": float("nan")}},
+        {"training": {"learning_rate": float("inf")}},
+        {"targets": {"target_temperature": 0}},
+        {"objective": {"terms": []}},
+        {"seed": -1},
+        {"teacher": "teacher"},
+        {"version": 2},
+    ],
+)
+def test_a_bad_value_is_named(change: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError) as caught:
+        Recipe.from_tree({**SMALLEST, **change})
+    assert caught.value.code == "recipe-invalid"
+    assert next(iter(change)) in str(caught.value)
+
+
+def test_paths_are_relative_to_the_recipe_where_something_is_there(tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n')
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**SMALLEST, "teacher": {"model": "owner/name"}}))
+    recipe = Recipe.from_yaml(tmp_path / "recipe.yaml")
+    assert recipe.prompts.path == str(tmp_path / "prompts.jsonl")
+    assert recipe.teacher.model == "owner/name"
+
+
+def test_sections_left_empty_are_defaults() -> None:
+    assert Recipe.from_tree({**SMALLEST, "training": None, "hardware": None}) == Recipe.from_tree(SMALLEST)
+
+
+@given(st.binary(max_size=400))
+@settings(max_examples=200)
+def test_any_bytes_are_a_recipe_or_a_recipe_error(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
+    path = tmp_path_factory.getbasetemp() / "fuzzed.yaml"
+    path.write_bytes(data)
+    with pytest.raises(RecipeError):
+        Recipe.from_yaml(path)
+
+
+_leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+_trees = st.recursive(_leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3), max_leaves=8)
+
+
+@given(st.dictionaries(st.sampled_from(list(Recipe.model_fields)), _trees, max_size=6))
+@settings(max_examples=300)
+def test_any_tree_is_a_recipe_or_a_recipe_error(tree: dict[str, Any]) -> None:
+    try:
+        Recipe.from_tree(tree)
+    except RecipeError as error:
+        assert error.code in ("recipe-unknown-key", "recipe-invalid")

@@ -21,8 +21,8 @@ help:
 	@echo "make clean   remove .venv, caches and the demo's run"
 
 python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	  echo "Stillroom needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || echo 'not there')."; \
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "Stillroom needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>/dev/null || echo 'not there')."; \
 	  echo "If another one is installed, name it: make PYTHON=python3.12 $(firstword $(MAKECMDGOALS))"; exit 1; }
 
 # The stamps stand inside .venv, so that removing it removes them. The install is editable: a change of source needs no new one.

@@ -185,7 +185,10 @@ def main() -> None:
     parser.add_argument("--notes", default="", help="what the model card should add on how it was made")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    tokenizer = make_tokenizer()
+    # The tokenizer depends on the expressions; a training that is resumed after they changed goes on with its own.
+    kept = args.work / "tokenizer"
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(kept) if kept.exists() else make_tokenizer()
+    tokenizer.save_pretrained(kept)
     model = train(args, tokenizer)
     # The weights are shipped in bfloat16: what is scored is what is shipped.
     model = model.to(torch.bfloat16).float()

@@ -34,7 +34,7 @@ def write_bytes_atomic(path: Path, data: bytes, *, mode: int = 0o644) -> None:
     """
     partial = path.with_name(f".{path.name}.partial")
     write_point()
-    with _full_disk_reported(path, remove=partial):
+    with full_disk_reported(path, remove=partial):
         partial.unlink(missing_ok=True)  # what a crash left has that crash's mode
         descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
         try:
@@ -64,7 +64,7 @@ def append_lines(path: Path, lines: Iterable[str], *, sync: bool = True) -> None
     if not data:
         return
     write_point()
-    with _full_disk_reported(path):
+    with full_disk_reported(path):
         new = not path.exists()
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         try:
@@ -152,7 +152,7 @@ def replace_directory(partial: Path, final: Path) -> None:
     No half-written directory is ever `final`. A death between the two renames that replacing takes leaves `final` absent and the old one beside it:
     `settle_directory` puts it back.
     """
-    with _full_disk_reported(final):
+    with full_disk_reported(final):
         settle_directory(final)
         for folder, _, names in os.walk(partial):
             for name in names:
@@ -200,6 +200,24 @@ def require_free_bytes(path: Path, needed: int, what: str) -> None:
             expected=f"{_size(needed)} for {what}",
             do="Free some space, or choose an output directory on another disk.",
         )
+
+
+@contextmanager
+def full_disk_reported(path: Path, remove: Path | None = None) -> Iterator[None]:
+    """Turns a full disk into ResourceError 'disk-full', whoever was writing, and removes what was being written after any OSError."""
+    try:
+        yield
+    except Exception as error:
+        if remove is not None and isinstance(error, OSError):
+            remove.unlink(missing_ok=True)
+        if not _is_full_disk(error):
+            raise
+        raise ResourceError(
+            "disk-full",
+            found=f"the disk is full while writing {path}",
+            why="what was there before is unchanged",
+            do="Free some space and run again; the run goes on where it stopped.",
+        ) from error
 
 
 class DirectoryLock:
@@ -262,22 +280,9 @@ def _replaced(final: Path) -> Path:
     return final.with_name(f".{final.name}.replaced")
 
 
-@contextmanager
-def _full_disk_reported(path: Path, remove: Path | None = None) -> Iterator[None]:
-    """Turns a full disk into ResourceError, and removes what was being written after any OSError."""
-    try:
-        yield
-    except OSError as error:
-        if remove is not None:
-            remove.unlink(missing_ok=True)
-        if error.errno not in _FULL:
-            raise
-        raise ResourceError(
-            "disk-full",
-            found=f"the disk is full while writing {path}",
-            why="what was there before is unchanged",
-            do="Free some space and run again; the run goes on where it stopped.",
-        ) from error
+def _is_full_disk(error: Exception) -> bool:
+    # Libraries that are not written in Python (safetensors) have errors of their own, with the system's text in them.
+    return error.errno in _FULL if isinstance(error, OSError) else os.strerror(errno.ENOSPC) in str(error)
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -16,8 +16,8 @@ from stillroom.runs.recipe import Recipe
 __all__ = ["EVALUATION_ITEMS", "LABELLED_PAIRS", "PROMPTS", "TEACHER", "expressions", "prepare", "recipe"]
 
 TEACHER = Path(__file__).parent / "teacher"
-PROMPTS, LABELLED_PAIRS, EVALUATION_ITEMS = 20_000, 500, 2_000
-_STEPS = 1_500
+PROMPTS, LABELLED_PAIRS, EVALUATION_ITEMS = 14_000, 500, 2_000
+_STEPS = 2_600
 
 
 def prepare(out: Path, seed: int) -> Recipe:
@@ -54,12 +54,14 @@ def recipe(inputs: Path, seed: int) -> Recipe:
             "objective": {"terms": [{"divergence": "forward_kl"}]},
             "training": {
                 "steps": _STEPS,
-                "sequences_per_step": 128,
-                "learning_rate": 4e-3,
-                "warmup_steps": 100,
+                "sequences_per_step": 64,
+                "length_window": 8,
+                "learning_rate": 3e-3,
+                "warmup_steps": 200,
                 "weight_decay": 0.1,
                 "adam_betas": [0.9, 0.98],
-                "checkpoint_every": 500,
+                "validate_every": 200,
+                "checkpoint_every": 1_000,
             },
             "evaluation": {
                 "path": str(inputs / "items.jsonl"),

@@ -44,7 +44,10 @@ _ORDINAL_WORDS = ("first", "second", "third", "fourth")
 
 @dataclass(frozen=True, slots=True)
 class Phrasing:
-    """One way of saying something: `render(*values)` gives the text and its answer, each value drawn below its entry in `domains`."""
+    """One way of saying something: `render(*values)` gives the text and its answer, each value drawn below its entry in `domains`.
+
+    The held-out rule hashes `name`: a name that changes would let in what the teacher has seen.
+    """
 
     family: str
     name: str
@@ -121,7 +124,7 @@ _DATE_FORMS: dict[str, Callable[[datetime.date], str]] = {
     "weekday": lambda d: f"{_WEEKDAYS[d.weekday()]}, {d.day} {_MONTHS[d.month - 1]} {d.year}",
     "in-the-year": lambda d: f"the {_nth(d.day)} day of {_MONTHS[d.month - 1]} in the year {d.year}",
 }
-_REFERENCE_FORMS = ("day-month-year", "year-first")
+_FORMS_WITH_TIME = ("day-month-year", "year-first")
 
 _CLOCKS: dict[str, Callable[[int, int], str]] = {
     "24h": lambda h, m: f"{h}:{m:02d}",
@@ -154,7 +157,7 @@ def _dates() -> Iterator[Phrasing]:
     for name, form in _DATE_FORMS.items():
         yield Phrasing("date", f"date/{name}", (_DAYS,), written(form))
     yield Phrasing("date", "date/short-year", (_DAYS,), short_year)
-    for name in _REFERENCE_FORMS:
+    for name in _FORMS_WITH_TIME:
         for clock in ("24h", "12h"):
             yield Phrasing("date", f"date/{name}/at/{clock}", (_DAYS, 24, 60), with_time(_DATE_FORMS[name], _CLOCKS[clock]))
 
@@ -207,12 +210,11 @@ def _relatives() -> Iterator[Phrasing]:
         "year-before": ("one year before {}", lambda date: _plus_months(date, -12)),
     }
 
-    def moved(text: str, move: Callable[[datetime.date], datetime.date], form: str) -> Callable[..., tuple[str, str]]:
-        return lambda day: (text.format(_DATE_FORMS[form](_day(day))), move(_day(day)).isoformat())
+    def moved(text: str, move: Callable[[datetime.date], datetime.date]) -> Callable[..., tuple[str, str]]:
+        return lambda day: (text.format(_DATE_FORMS["day-month-year"](_day(day))), move(_day(day)).isoformat())
 
     for name, (text, move) in moves.items():
-        for form in _REFERENCE_FORMS:
-            yield Phrasing("relative", f"relative/{name}/{form}", (_DAYS,), moved(text, move, form))
+        yield Phrasing("relative", f"relative/{name}/day-month-year", (_DAYS,), moved(text, move))
 
 
 def _periods() -> Iterator[Phrasing]:

@@ -334,8 +334,16 @@ def measure_peak_memory(subject: CostSubject, prompts: Sequence[TokenIds], max_n
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "stillroom.evals.memory_child"]
     try:
+        # A session of its own: Ctrl-C reaches every process of the terminal's, and a child that it ended would be taken for one that failed.
         child = subprocess.run(
-            command, input=json.dumps(request), env=environment, capture_output=True, text=True, timeout=_CHILD_SECONDS, check=False
+            command,
+            input=json.dumps(request),
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=_CHILD_SECONDS,
+            check=False,
+            start_new_session=True,
         )
     except subprocess.TimeoutExpired:
         return Absence(absent=f"the measuring process took longer than {_CHILD_SECONDS} seconds")

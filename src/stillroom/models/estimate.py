@@ -1,295 +1,450 @@
 """What a run will take in time and memory, before it is run.
 
-Copies of both models with one and with two layers (weights of no meaning) are timed here, on the device and at the batch sizes of the run; since
-layers are alike, the difference of the two is what each further layer takes. The same copies count the bytes that a backward pass keeps.
+What depends on the models is measured here, as `costs` says. What does not is a handful of constants below, each with where it was measured. Stage by
+stage, the terms follow what the stages in `runs` do; a stage that comes to do something else needs its term here, which benchmarks/plan_accuracy.py
+and tests/runs/test_plan_accuracy.py notice.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
-from stillroom.core.identities import TokenSequence
-from stillroom.models.loading import body_of, config_from_teacher, count_parameters, head_of
-from stillroom.models.student import OptimiserSettings, TransformersStudent
+from stillroom.models.costs import LearningCosts, ReadingCosts, learning_costs, reading_costs
+from stillroom.models.local import COMPARED_AT_ONCE, VALUES_AT_ONCE
+from stillroom.models.probing import Meter, as_in_a_run, pattern_of
 from stillroom.objectives.objective import Objective
-from stillroom.targets.kinds import FullTargets, HiddenTargets, Targets, TeacherHead, TextTargets, TopKTargets
-from stillroom.targets.protocols import Batch
-from stillroom.targets.vocabulary import Vocabulary
 
-# No probe puts more tokens than this through a model at once; larger batches are scaled up from it.
-_PROBE_TOKENS = 4096
-_REPEATS = 3
-# Measured on CPU in this repository's demo (benchmarks/results): rendering, records, ledger and shards, for each prompt.
-_SECONDS_PER_PROMPT = 0.0007
-_BYTES_PER_PROMPT = 6_000
-# Loading code, two processes that measure memory, model cards: what evaluation takes for the smallest of models.
-_EVALUATION_SECONDS = 20.0
-_TIMED_ANSWERS, _TIMED_TOKENS, _TIMED_REPEATS = 100, 24, 8
+# --- time: seconds of Python on a machine that runs `_python_seconds` in _REFERENCE_SECONDS; found with /proc and process_time on models of one layer
+# and 32 numbers, on an idle core of the machine named in benchmarks/results/*-plan_accuracy.json.
+_REFERENCE_SECONDS = 0.0030
+_COLLECTED_SECONDS = 0.0005  # rendering, ledger, shard and collect.jsonl, for each prompt
+_BATCHED_SECONDS = 0.00006  # reading back, packing and counting, for each sequence of a training step
+_STEP_SECONDS = 0.003  # metrics, TensorBoard and progress, for each step
+_CHECKPOINT_SECONDS = 0.05  # files made durable, for each checkpoint
+_LOADING_SECONDS = 0.5  # describing, hashing and loading a small model
+_CHILD_SECONDS = 5.0  # a process that imports torch and transformers; evaluation has two
+_COMPARED_SECONDS = 3.5e-8  # two probabilities in float64: forward KL, agreement, acceptance
+_WRITTEN_BYTES_A_SECOND = 3e8  # a checkpoint
+# What evals.cost measures with.
+_TIMED_ANSWERS, _TIMED_TOKENS, _TIMED_REPEATS, _TIMED_BATCH, _CHILD_ANSWERS = 101, 24, 8, 32, 32
+# Epochs after which a baseline on few labels was at its best: the demo, seed 0, 80 steps of 128 on 400 pairs.
+_LABEL_ONLY_EPOCHS = 25
+
+# --- memory of a process on a CPU
+_BASE_BYTES = 5e6  # a run of two dozen prompts
+_PROMPT_BYTES = 350  # a prompt that is loaded
+_COLLECTED_BYTES = 3_000  # its line in collect.jsonl, ledger entries and place in the transfer set, while they are made
+_RECORD_BYTES, _TOKEN_BYTES = 1_500, 36  # a record and each of its tokens, while training
+# Resident bytes for each byte of live tensors: what the allocator keeps between blocks.
+_RESIDENT = 1.1
+
+# As in runs.collecting: prompts that are answered and stored together.
+_PART = 512
+# A batch is cut down when fewer than this share of it still write (models.rollouts).
+_SHRINK_BELOW = 0.6
+_VALIDATED_AT_ONCE = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabelOnlyWork:
+    """The baseline on labels alone."""
+
+    pairs: int
+    validation_fraction: float
+    validate_every: int
+    patience: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """A run in the numbers that decide what it takes. Token counts are per sequence unless they say otherwise."""
+    """A run in the numbers that decide what it takes. `prompt_tokens` and `answer_tokens` are lengths of a sample, in no particular order.
+
+    `row_bytes` is what a store keeps of a scored row; `mapped_bytes` the size of the teacher's files where they are not in the dtype it runs in.
+    """
 
     teacher: PretrainedConfig
     student: PretrainedConfig
-    vocabulary: Vocabulary
+    teacher_parameters: int
+    student_parameters: int
+    mapped_bytes: int
+    size: int
     objective: Objective
     device: torch.device
     dtype: torch.dtype
     threads: int
     prompts: int
-    prompt_tokens_mean: float
-    answer_tokens_mean: float
+    prompt_tokens: tuple[int, ...]
+    answer_tokens: tuple[int, ...]
+    max_new_tokens: int
+    written: bool
+    sampling_temperature: float
     teacher_at_once: int
     target_kind: str
     k: int
     live: bool
-    store_bytes: int
+    row_bytes: int
+    from_teacher: bool
     steps: int
     sequences_per_step: int
     micro_batch: int
     rows_per_chunk: int
-    validation_sequences: int
-    validations: int
-    label_only_steps: int
+    validation_fraction: float
+    validate_every: int
+    checkpoint_every: int
+    label_only: LabelOnlyWork | None
     items: int
     fidelity_prompts: int
 
     @property
-    def tokens_mean(self) -> float:
-        return self.prompt_tokens_mean + self.answer_tokens_mean
+    def prompt_mean(self) -> float:
+        return sum(self.prompt_tokens) / len(self.prompt_tokens)
+
+    @property
+    def answer_mean(self) -> float:
+        return sum(self.answer_tokens) / len(self.answer_tokens)
+
+    @property
+    def whole_tokens(self) -> list[int]:
+        """Lengths of prompts with answers, ascending."""
+        answers = self.answer_tokens
+        return sorted(prompt + answers[(index * 7919) % len(answers)] for index, prompt in enumerate(self.prompt_tokens))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkEstimate:
-    """`seconds` by stage (collect, train, label_only, evaluate); `peak_memory_bytes` of the process beyond what the libraries take."""
+    """`seconds` and `peak_bytes` by stage (collect, train, label_only, evaluate); the bytes are those of the process beyond what the libraries take,
+    or on a GPU those that are allocated there.
+    """
 
     seconds: dict[str, float]
-    peak_memory_bytes: int
-    how: str
+    peak_bytes: dict[str, float]
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        return round(max(self.peak_bytes.values()))
+
+    @property
+    def how(self) -> str:
+        stage = max(self.peak_bytes, key=lambda name: self.peak_bytes[name])
+        return f"one- and two-layer copies of both models measured on this machine as busy as it is now, extrapolated; memory peaks in {stage}"
 
 
-@dataclass(frozen=True, slots=True)
-class _Line:
-    """A quantity that grows linearly with the number of layers, known at one and at two."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What was found on this machine; seconds are those of the fastest runs, and everything takes `slowdown` times as long on average."""
 
-    one: float
-    two: float
-
-    def at(self, layers: int) -> float:
-        return self.one + max(0.0, self.two - self.one) * (layers - 1)
-
-
-def estimate(work: Workload) -> WorkEstimate:
-    """Times and sizes of `work` on this machine, by probing it for a second or so."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(work.threads)
-    try:
-        probes = _Probes(work)
-        seconds = _seconds(work, probes)
-        peak = _peak_bytes(work, probes)
-    finally:
-        torch.set_num_threads(threads)
-    return WorkEstimate(
-        seconds=seconds, peak_memory_bytes=round(peak), how="one- and two-layer copies of both models timed on this machine, extrapolated"
-    )
+    teacher: ReadingCosts
+    student: ReadingCosts
+    learning: LearningCosts
+    python: float
+    slowdown: float
 
 
-class _Probes:
-    """The measurements that the estimates are made of; each for the whole model."""
-
-    def __init__(self, work: Workload) -> None:
-        self.work = work
-        teachers = [_copy(work.teacher, layers, work) for layers in (1, 2)]
-        students = [_copy(work.student, layers, work) for layers in (1, 2)]
-        self.teacher_layers = int(work.teacher.num_hidden_layers)
-        self.student_layers = int(work.student.num_hidden_layers)
-        self.teacher_parameters = _line(_count, teachers).at(self.teacher_layers)
-        self.student_parameters = _line(_count, students).at(self.student_layers)
-        prompt, whole = round(work.prompt_tokens_mean), round(work.tokens_mean)
-        at_once = min(work.teacher_at_once, work.prompts)
-        self.teacher_prefill = self._forward(teachers, at_once, prompt, self.teacher_layers)
-        self.teacher_decode = self._decode(teachers, at_once, prompt, self.teacher_layers)
-        self.teacher_forward = self._forward(teachers, at_once, whole, self.teacher_layers)
-        self.teacher_decode_one = self._decode(teachers, 1, prompt, self.teacher_layers)
-        self.student_forward = self._forward(students, at_once, whole, self.student_layers)
-        self.student_decode = self._decode(students, at_once, prompt, self.student_layers)
-        self.student_decode_one = self._decode(students, 1, prompt, self.student_layers)
-        timed = [_train_step(work, model) for model in students]
-        self.micro_step = _Line(timed[0][0], timed[1][0]).at(self.student_layers)
-        self.optimiser_step = _Line(timed[0][1], timed[1][1]).at(self.student_layers)
-        self.activation_bytes = _Line(timed[0][2], timed[1][2]).at(self.student_layers)
-
-    def _forward(self, models: list[PreTrainedModel], batch: int, length: int, layers: int) -> float:
-        """Seconds of one forward pass without the head."""
-        some = max(1, min(batch, _PROBE_TOKENS // max(1, length)))
-        ids_BT = torch.zeros((some, max(1, length)), dtype=torch.int64, device=self.work.device)
-        return _line(lambda model: _timed(lambda: _body_forward(model, ids_BT), self.work.device), models).at(layers) * batch / some
-
-    def _decode(self, models: list[PreTrainedModel], batch: int, length: int, layers: int) -> float:
-        """Seconds of one more token for each of `batch` sequences with a cache of `length`."""
-        some = max(1, min(batch, _PROBE_TOKENS // max(1, length)))
-        return _line(lambda model: _timed_decode(model, some, max(1, length), self.work.device), models).at(layers) * batch / some
-
-
-def _seconds(work: Workload, probes: _Probes) -> dict[str, float]:
-    at_once = min(work.teacher_at_once, work.prompts)
-    groups = work.prompts / at_once
-    written = groups * (probes.teacher_prefill + work.answer_tokens_mean * probes.teacher_decode)
-    scored = 0.0 if work.live or work.target_kind == "text" else groups * probes.teacher_forward
-    micro_steps = work.sequences_per_step / work.micro_batch
-    step = micro_steps * probes.micro_step + probes.optimiser_step
-    if work.live and work.target_kind != "text":
-        step += work.sequences_per_step / at_once * probes.teacher_forward
-    validation = work.validations * work.validation_sequences / work.micro_batch * probes.micro_step / 3
-    answers = work.items / at_once
-    answering = answers * (
-        probes.teacher_prefill + 3 * probes.student_forward + work.answer_tokens_mean * (probes.teacher_decode + 3 * probes.student_decode)
-    )
-    comparing = work.fidelity_prompts / at_once * (probes.teacher_forward + probes.student_forward)
-    one = probes.teacher_decode_one + probes.student_decode_one
-    timing = one * (_TIMED_REPEATS * _TIMED_TOKENS * 4 + _TIMED_ANSWERS * work.answer_tokens_mean)
-    return {
-        "collect": written + scored + work.prompts * _SECONDS_PER_PROMPT,
-        "train": work.steps * step + validation,
-        "label_only": work.label_only_steps * step,
-        "evaluate": answering + comparing + timing + _EVALUATION_SECONDS,
-    }
+def measure(work: Workload) -> Measured:
+    """Probes this machine for a second or so, with copies of at most two layers. torch is left as it was."""
+    with as_in_a_run(work.threads):
+        meter = Meter(work.device)
+        teacher = pattern_of(work.teacher, work.teacher_parameters, work.dtype, work.device)
+        student = pattern_of(work.student, work.student_parameters, torch.float32, work.device)
+        answer = work.answer_mean
+        k = work.k if work.target_kind == "top_k" else 0
+        found = Measured(
+            teacher=reading_costs(
+                teacher,
+                work.size,
+                batch=min(work.teacher_at_once, work.prompts),
+                prompt_tokens=work.prompt_mean + answer / 2,
+                temperature=work.sampling_temperature if work.written else 0.0,
+                k=k,
+                dtype=work.dtype,
+                meter=meter,
+            ),
+            student=reading_costs(
+                student,
+                work.size,
+                batch=min(work.teacher_at_once, max(work.items, _TIMED_BATCH)),
+                prompt_tokens=work.prompt_mean + answer / 2,
+                temperature=0.0,
+                k=0,
+                dtype=work.dtype,
+                meter=meter,
+            ),
+            learning=learning_costs(
+                student,
+                work.size,
+                objective=work.objective,
+                kind=work.target_kind,
+                k=k,
+                teacher_width=int(work.teacher.hidden_size),
+                micro_batch=work.micro_batch,
+                tokens=work.prompt_mean + answer,
+                rows_per_chunk=work.rows_per_chunk,
+                dtype=work.dtype,
+                meter=meter,
+            ),
+            python=meter.seconds(_python_work) / _REFERENCE_SECONDS,
+            slowdown=1.0,
+        )
+        return replace(found, slowdown=meter.slowdown)
 
 
-def _peak_bytes(work: Workload, probes: _Probes) -> float:
-    element = torch.finfo(work.dtype).bits / 8
-    at_once = min(work.teacher_at_once, work.prompts)
-    teacher = probes.teacher_parameters * element
-    inner = int(getattr(work.teacher, "intermediate_size", 0) or 4 * work.teacher.hidden_size)
-    tokens = at_once * work.tokens_mean
-    # Keys and values of every layer, what one layer holds while it works, and the states that are kept.
-    cache = tokens * 2 * probes.teacher_layers * work.teacher.hidden_size * element
-    working = tokens * (3 * inner + 6 * work.teacher.hidden_size) * element
-    collecting = teacher + cache + working + 2 * at_once * work.vocabulary.size * 4
-    student = probes.student_parameters * 4
-    rows = min(work.rows_per_chunk, work.micro_batch * work.answer_tokens_mean)
-    logits = rows * work.vocabulary.size * 4 * 6
-    training = 4 * student + probes.activation_bytes + logits + work.store_bytes + (collecting if work.live else 0)
-    evaluating = teacher + 3 * student + cache + working
-    return max(collecting, training, evaluating) + work.prompts * _BYTES_PER_PROMPT
+def estimate(work: Workload, found: Measured) -> WorkEstimate:
+    """Times and sizes of `work`, which may differ in its micro-batch from what `found` was measured for."""
+    seconds = _Seconds(work, found)
+    sizes = _Bytes(work, found)
+    by_stage = {"collect": seconds.collect(), "train": seconds.train(), "label_only": seconds.label_only(), "evaluate": seconds.evaluate()}
+    peaks = {"collect": sizes.collect(), "train": sizes.train(), "evaluate": sizes.evaluate()}
+    return WorkEstimate(seconds={name: value * found.slowdown for name, value in by_stage.items()}, peak_bytes=peaks)
 
 
-# --- the copies -----------------------------------------------------------------------------------------------------------------------
+def _python_work() -> int:
+    """Plain Python of the kind that stages do between models."""
+    total = 0
+    for number in range(400):
+        text = json.dumps({"prompt": f"{number} days", "ids": list(range(number % 40)), "x": {"a": number}}, sort_keys=True)
+        total += len(hashlib.sha256(text.encode()).hexdigest()) + len(json.loads(text)["ids"])
+    return total
 
 
-def _copy(config: PretrainedConfig, layers: int, work: Workload) -> PreTrainedModel:
-    """A model of `config` cut to `layers`, every number the same small one: timing does not care."""
-    cut = config_from_teacher(config, [min(index, int(config.num_hidden_layers) - 1) for index in range(layers)])
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(cut, trust_remote_code=False, dtype=work.dtype)
-    model = model.to_empty(device=work.device).eval()
-    with torch.no_grad():
-        for tensor in [*model.parameters(), *model.buffers()]:
-            if tensor.is_floating_point():
-                tensor.fill_(0.01)
-    assert isinstance(model, PreTrainedModel)
-    return model
+# --- time -------------------------------------------------------------------------------------------------------------------------------
 
 
-def _line(measure: Callable[[PreTrainedModel], float], models: list[PreTrainedModel]) -> _Line:
-    return _Line(measure(models[0]), measure(models[1]))
+class _Seconds:
+    """Seconds of each stage on an otherwise idle machine."""
+
+    def __init__(self, work: Workload, found: Measured) -> None:
+        self.work, self.found = work, found
+
+    def collect(self) -> float:
+        work, teacher = self.work, self.found.teacher
+        written = self._answers(teacher, work.prompts, min(_PART, work.prompts), work.prompt_tokens) if work.written else 0.0
+        scored = 0.0 if work.live or work.target_kind == "text" else self._targets(work.prompts)
+        return written + scored + self.found.python * (work.prompts * _COLLECTED_SECONDS + _LOADING_SECONDS)
+
+    def train(self) -> float:
+        work = self.work
+        sequences = work.sequences_per_step
+        step = self._micro_steps(work.whole_tokens, sequences, work.micro_batch) + self._optimiser()
+        if work.live and work.target_kind != "text":
+            step += self._targets(sequences)
+        validated = work.validation_fraction * work.prompts
+        validation = self._validation(validated) + (self._targets(validated) if work.live and work.target_kind != "text" else 0.0)
+        return work.steps * step + work.steps / work.validate_every * validation + math.ceil(work.steps / work.checkpoint_every) * self._checkpoint()
+
+    def label_only(self) -> float:
+        work, section = self.work, self.work.label_only
+        if section is None:
+            return 0.0
+        records = max(1.0, section.pairs * (1 - section.validation_fraction))
+        sequences = min(work.sequences_per_step, records)
+        steps = min(work.steps, section.patience * section.validate_every + _LABEL_ONLY_EPOCHS * records / sequences)
+        step = self._micro_steps(work.whole_tokens, sequences, min(work.micro_batch, sequences)) + self._optimiser()
+        validations = steps / section.validate_every
+        # Each validation that improves on those before publishes its weights.
+        saved = max(0.0, validations - section.patience) + steps / work.checkpoint_every
+        return steps * step + validations * self._validation(section.pairs * section.validation_fraction) + saved * self._checkpoint()
+
+    def evaluate(self) -> float:
+        work, teacher, student = self.work, self.found.teacher, self.found.student
+        models = [teacher, student, student, student] if work.label_only is not None else [teacher, student, student]
+        answers = sum(self._answers(model, work.items, work.items, work.prompt_tokens) for model in models) if work.items else 0.0
+        compared = self._compared()
+        timed = sum(self._timed(model) for model in (teacher, student))
+        python = 2 * _CHILD_SECONDS + (len(models) + 2) * _LOADING_SECONDS + len(models) * work.items * _COLLECTED_SECONDS / 4
+        return answers + compared + timed + self.found.python * python
+
+    def _answers(self, model: ReadingCosts, prompts: float, together: float, lengths: Sequence[int]) -> float:
+        """`prompts` prompts are answered, `together` of them sorted by length into batches."""
+        groups = math.ceil(together / self.work.teacher_at_once)
+        batch = together / groups
+        steps, batch_steps = _written_tokens(self.work.answer_tokens, batch)
+        widths = _widths(sorted(lengths), together, groups)
+        return prompts / together * sum(model.writing(batch, width, steps, batch_steps) for width in widths)
+
+    def _targets(self, sequences: float) -> float:
+        """The teacher's targets for so many sequences."""
+        work, teacher = self.work, self.found.teacher
+        rows = sequences * work.answer_mean
+        each = {"hidden": 0.0, "top_k": teacher.distribution_seconds + teacher.top_k_seconds, "full": teacher.distribution_seconds}
+        return self._read(teacher, sequences) + rows * each.get(work.target_kind, 0.0)
+
+    def _read(self, model: ReadingCosts, sequences: float) -> float:
+        work = self.work
+        groups = max(1, math.ceil(sequences / work.teacher_at_once))
+        widths = _widths(work.whole_tokens, min(sequences, work.teacher_at_once * groups), groups)
+        return sum(model.reading(sequences / groups * width) for width in widths)
+
+    def _micro_steps(self, lengths: Sequence[int], sequences: float, micro_batch: float) -> float:
+        """Forward and backward of one optimiser step: sorted by length, cut into micro-batches, each as wide as its longest."""
+        learning = self.found.learning
+        count = math.ceil(sequences / micro_batch)
+        tokens = sum(sequences / count * width for width in _widths(lengths, sequences, count))
+        rows = sequences * self.work.answer_mean
+        return count * learning.call_seconds + tokens * learning.token_seconds + rows * learning.row_seconds + self._batches(sequences)
+
+    def _batches(self, sequences: float) -> float:
+        return self.found.python * sequences * _BATCHED_SECONDS
+
+    def _optimiser(self) -> float:
+        return self.work.student_parameters * self.found.learning.parameter_seconds + self.found.python * _STEP_SECONDS
+
+    def _validation(self, sequences: float) -> float:
+        """Scored without gradients, in whatever order the records are."""
+        if sequences < 1:
+            return 0.0
+        learning, work = self.found.learning, self.work
+        groups = math.ceil(sequences / _VALIDATED_AT_ONCE)
+        width = _widths(work.whole_tokens, sequences / groups, 1)[0]
+        # Forward alone is a third of forward and backward.
+        passes = groups * learning.call_seconds + sequences * (width * learning.token_seconds + work.answer_mean * learning.row_seconds)
+        return passes / 3 + self._batches(sequences)
+
+    def _checkpoint(self) -> float:
+        return 12 * self.work.student_parameters / _WRITTEN_BYTES_A_SECOND + self.found.python * _CHECKPOINT_SECONDS
+
+    def _compared(self) -> float:
+        """Fidelity: the teacher answers, both models read, and every probability is compared."""
+        work, teacher, student = self.work, self.found.teacher, self.found.student
+        prompts = float(work.fidelity_prompts if work.items else min(work.fidelity_prompts, work.validation_fraction * work.prompts))
+        if work.items:
+            prompts = min(prompts, work.items)
+        rows = prompts * work.answer_mean
+        written = self._answers(teacher, prompts, prompts, work.prompt_tokens) if work.items else 0.0
+        distributions = rows * (teacher.distribution_seconds + student.distribution_seconds + self.found.python * work.size * _COMPARED_SECONDS)
+        return written + self._read(teacher, prompts) + self._read(student, prompts) + distributions
+
+    def _timed(self, model: ReadingCosts) -> float:
+        """Speed, latency, and the answers of the process whose memory is measured."""
+        work, prompt = self.work, self.work.prompt_mean
+        alone = model.step_seconds + model.each_seconds
+        wide = model.writing(_TIMED_BATCH, prompt, _TIMED_TOKENS, _TIMED_TOKENS * _TIMED_BATCH)
+        answer = model.reading(prompt) + work.answer_mean * alone
+        whole = model.reading(prompt) + work.max_new_tokens * alone
+        return _TIMED_REPEATS * (model.reading(prompt) + _TIMED_TOKENS * alone + wide) + _TIMED_ANSWERS * answer + _CHILD_ANSWERS * whole
 
 
-def _count(model: PreTrainedModel) -> float:
-    return float(count_parameters(model))
+def _widths(ascending: Sequence[int], sequences: float, groups: int) -> list[float]:
+    """Longest of each group, when so many draws from a sample are sorted and cut into equal groups."""
+    n = len(ascending)
+    ends = ((group + 1) / groups for group in range(groups))
+    # Of m draws, the expected rank of the longest is m / (m + 1).
+    return [float(ascending[min(n - 1, max(0, math.ceil(end * sequences / (sequences + 1) * n) - 1))]) for end in ends]
 
 
-def _timed(action: Callable[[], object], device: torch.device) -> float:
-    """The fastest of a few runs, after one to warm up."""
-    action()
-    best = float("inf")
-    for _ in range(_REPEATS):
-        _wait(device)
-        began = time.perf_counter()
-        action()
-        _wait(device)
-        best = min(best, time.perf_counter() - began)
-    return best
+def _written_tokens(answers: Sequence[int], batch: float) -> tuple[int, float]:
+    """Decoding steps until the longest answer of a batch ends, and the sequences that take part in them, summed over steps."""
+    ascending = sorted(answers)
+    longest = int(_widths(ascending, batch, 1)[0])
+    active, total = batch, 0.0
+    for step in range(longest):
+        going = batch * sum(length > step for length in ascending) / len(ascending)
+        if going < _SHRINK_BELOW * active:
+            active = max(1.0, going)
+        total += active
+    return longest, total
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
+# --- memory -----------------------------------------------------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
-def _body_forward(model: PreTrainedModel, ids_BT: torch.Tensor) -> object:
-    return body_of(model)(input_ids=ids_BT, use_cache=False)
+class _Bytes:
+    """The most that lives at once in each stage."""
 
+    def __init__(self, work: Workload, found: Measured) -> None:
+        self.work, self.found = work, found
+        self.element = work.dtype.itemsize
+        self.teacher = work.teacher_parameters * self.element
+        self.on_cpu = work.device.type == "cpu"
+        # The longest there is sets the peak.
+        self.longest_prompt, self.longest_answer = max(work.prompt_tokens), max(work.answer_tokens)
+        self.rows_stored = 0 if work.live or work.target_kind == "text" else work.prompts * work.answer_mean
+        self.head = work.size * int(work.teacher.hidden_size) * 4 if work.target_kind == "hidden" else 0
+        self.prompt_bytes = work.prompts * _PROMPT_BYTES
 
-@torch.inference_mode()
-def _timed_decode(model: PreTrainedModel, batch: int, length: int, device: torch.device) -> float:
-    ids_BT = torch.zeros((batch, length), dtype=torch.int64, device=device)
-    cache = DynamicCache(config=model.config)
-    model(input_ids=ids_BT, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    # The cache grows by a token each time, as it does in a run.
-    seconds: float = _timed(lambda: model(input_ids=ids_BT[:, :1], past_key_values=cache, use_cache=True), device)
-    return seconds
+    def collect(self) -> float:
+        work, teacher = self.work, self.found.teacher
+        part = min(_PART, work.prompts)
+        batch = min(work.teacher_at_once, part)
+        rows = part * work.answer_mean
+        writing = self._writing(teacher, batch, work.sampling_temperature) if work.written else 0.0
+        states = rows * int(work.teacher.hidden_size) * 4
+        # The states of a part, and the same laid end to end; then what is kept of them, as records, columns and file.
+        scoring = states + max(states, batch * self._longest() * teacher.working_bytes)
+        if work.target_kind == "top_k":
+            scoring = max(scoring, states + 3 * min(rows * work.size, VALUES_AT_ONCE) * 4 + rows * work.row_bytes)
+        if work.live or work.target_kind == "text":
+            scoring = 0.0
+        storing = 5 * rows * work.row_bytes if self.on_cpu else 0.0
+        loading = work.mapped_bytes if self.on_cpu else 0
+        head = self.head if self.element != 4 else 0
+        tensors = self.teacher + max(writing, scoring, storing + head, loading)
+        return self._process(tensors, work.prompts * _COLLECTED_BYTES)
 
+    def train(self) -> float:
+        work, learning = self.work, self.found.learning
+        weights = 4.0 * work.student_parameters
+        micro_steps = math.ceil(work.sequences_per_step / work.micro_batch)
+        tokens = work.micro_batch * self._longest()
+        rows = work.micro_batch * work.answer_mean
+        kept, working = tokens * learning.kept_bytes, tokens * learning.working_bytes
+        chunk = min(rows, work.rows_per_chunk) * learning.row_bytes
+        targets = rows * self._target_bytes()
+        # With one micro-batch, gradients come to be as what was kept for them goes.
+        before, after = (weights, weights) if micro_steps > 1 else (0.0, weights)
+        passing = max(before + kept + targets + max(chunk, working), after + working)
+        teacher = self.teacher if work.from_teacher or (work.live and work.target_kind != "text") else 0.0
+        asking = 0.0
+        if work.live and work.target_kind != "text":
+            asking = work.micro_batch * self._longest() * self.found.teacher.working_bytes + 3 * targets + before
+        # Weights and AdamW's two moments; the head of stored states is read from its file and copied once.
+        tensors = 3 * weights + max(passing, asking, weights) + teacher + (self.head if self.rows_stored else 0)
+        files = self._mapped() + (self.head if self.rows_stored else 0)
+        return self._process(tensors, work.prompts * (_RECORD_BYTES + _TOKEN_BYTES * (work.prompt_mean + work.answer_mean)) + files)
 
-def _train_step(work: Workload, model: PreTrainedModel) -> tuple[float, float, float]:
-    """Seconds of a micro-batch forward and backward, seconds of the optimiser, and the bytes kept for the backward pass."""
-    student = TransformersStudent(model, replace(work.vocabulary, rows=head_of(model).weight_VD.shape[0]), OptimiserSettings(), dtype=work.dtype)
-    prompt, answer = max(1, round(work.prompt_tokens_mean)), max(1, round(work.answer_tokens_mean))
-    some = max(1, min(work.micro_batch, _PROBE_TOKENS // (prompt + answer)))
-    batch = _batch(work, some, prompt, answer)
-    kept: dict[int, int] = {}
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    def evaluate(self) -> float:
+        work, teacher, student = self.work, self.found.teacher, self.found.student
+        weights = work.student_parameters * self.element
+        longest = max(1, self.longest_answer)
+        writing = 0.0
+        if work.items:
+            batch = min(work.teacher_at_once, work.items)
+            writing = max(self._writing(teacher, batch, 0.0), self._writing(student, batch, 0.0) + 4 * work.student_parameters)
+        # Both models' distributions over a chunk of sequences, as fidelity holds them, one of them in the making.
+        sequences = max(1.0, min(work.teacher_at_once, VALUES_AT_ONCE // (longest * work.size)))
+        rows = sequences * work.answer_mean
+        making = rows * work.size * 4 * 4 + rows * int(work.teacher.hidden_size) * 8
+        comparing = 2 * rows * work.size * 4 + 7 * min(rows * work.size, COMPARED_AT_ONCE) * 8
+        reading = sequences * self._longest() * max(teacher.working_bytes, student.working_bytes)
+        tensors = self.teacher + weights + max(writing, making, comparing, reading, work.mapped_bytes if self.on_cpu else 0)
+        files = 0.0 if work.items else self._mapped()
+        return self._process(tensors, files + (self.head if self.rows_stored else 0) + work.items * 4 * _RECORD_BYTES)
 
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    def _longest(self) -> int:
+        return self.work.whole_tokens[-1]
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        student.forward_backward(batch, work.objective, divide_by=1)
-    seconds = _timed(lambda: student.forward_backward(batch, work.objective, divide_by=1), work.device)
-    optimiser = _timed(lambda: _optimise(student, batch, work.objective), work.device) - seconds
-    scale = work.micro_batch / some
-    return seconds * scale, max(0.0, optimiser), sum(kept.values()) * scale
+    def _writing(self, model: ReadingCosts, batch: float, temperature: float) -> float:
+        """The cache of a batch when its answers are longest, and a layer at work; sampling noise is a few times the logits."""
+        work = self.work
+        reading = batch * self.longest_prompt * model.working_bytes
+        whole = batch * (self.longest_prompt + self.longest_answer)
+        logits = batch * work.size * (4 * 5 if temperature > 0 else self.element)
+        return whole * model.cache_bytes + max(reading, 2 * whole * model.layer_bytes, logits)
 
+    def _target_bytes(self) -> float:
+        """Of one scored row in a batch, while it is gathered or made."""
+        return self.work.size * 4 if self.work.target_kind == "full" else 3 * self.work.row_bytes
 
-def _optimise(student: TransformersStudent, batch: Batch, objective: Objective) -> None:
-    student.forward_backward(batch, objective, divide_by=1)
-    student.optim_step(0.0)
+    def _mapped(self) -> float:
+        """The store's files: verified byte by byte when it is opened, so all of them are in memory."""
+        return self.rows_stored * self.work.row_bytes
 
-
-def _batch(work: Workload, batch: int, prompt: int, answer: int) -> Batch:
-    sequence = TokenSequence(ids=(0,) * (prompt + answer), answer_spans=((prompt, prompt + answer),))
-    rows, size = batch * answer, work.vocabulary.size
-    fingerprint, temperature = work.vocabulary.fingerprint, work.objective.match_temperature
-    labels = TextTargets(vocabulary=fingerprint, token_ids_R=torch.zeros(rows, dtype=torch.int64))
-    targets: Targets
-    match work.target_kind:
-        case "hidden":
-            width = int(work.teacher.hidden_size)
-            head = TeacherHead(weight_VD=torch.full((size, width), 0.01))
-            targets = HiddenTargets(vocabulary=fingerprint, temperature=temperature, states_RD=torch.full((rows, width), 0.01), head=head)
-        case "top_k":
-            even = -torch.log(torch.tensor(float(size)))
-            ids_RK = torch.arange(work.k, dtype=torch.int32).repeat(rows, 1)
-            tail_R = torch.full((rows,), max(size - work.k, 1e-9)).log() + even
-            targets = TopKTargets(
-                vocabulary=fingerprint, temperature=temperature, ids_RK=ids_RK, log_probs_RK=even.expand(rows, work.k).clone(), tail_log_mass_R=tail_R
-            )
-        case "full":
-            even_RV = torch.full((rows, size), -float(torch.log(torch.tensor(float(size)))))
-            targets = FullTargets(vocabulary=fingerprint, temperature=temperature, log_probs_RV=even_RV)
-        case _:
-            targets = labels
-    return Batch(sequences=(sequence,) * batch, targets=targets, labels=labels)
+    def _process(self, tensors: float, others: float) -> float:
+        return tensors * _RESIDENT + others + self.prompt_bytes + _BASE_BYTES if self.on_cpu else tensors

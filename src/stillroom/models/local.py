@@ -20,8 +20,10 @@ from stillroom.targets.kinds import FullTargets, HiddenTargets, TargetRequest, T
 from stillroom.targets.protocols import LogitsTransform
 from stillroom.targets.vocabulary import Vocabulary
 
-# Scored rows that go through the teacher's vocabulary at once when top-k targets are made.
-_ROWS_AT_ONCE = 2048
+# Log-probabilities (rows times vocabulary) that are made at once where only something small is kept of them: 128 MiB in float32.
+VALUES_AT_ONCE = 2**25
+# The same where two models are compared in float64, with half a dozen intermediate results of 16 MiB.
+COMPARED_AT_ONCE = 2**21
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,30 +100,43 @@ class LocalTeacher:
                 parts[index] = part
         return torch.cat(parts)
 
-    @torch.inference_mode()
     def log_probs(self, states_RD: torch.Tensor, temperature: float) -> torch.Tensor:
         """Log-probabilities (nats, float32, R x V) that the head gives to hidden states, at `temperature`."""
-        logits_RV = head_of(self.model)(states_RD.to(self.model.dtype))[:, : self.vocabulary.size].float()
-        return torch.log_softmax(logits_RV / temperature, dim=-1)
+        return head_log_probs(self.model, states_RD, self.vocabulary.size, temperature)
 
-    @torch.inference_mode()
     def _top_k(self, states_RD: torch.Tensor, request: TargetRequest) -> TopKTargets:
-        k = min(request.k, self.vocabulary.size)
-        ids, kept, tails = [], [], []
-        for chunk_RD in states_RD.split(_ROWS_AT_ONCE):
-            log_probs_RV = self.log_probs(chunk_RD, request.temperature)
-            log_probs_RK, ids_RK = log_probs_RV.topk(k, dim=-1)
-            # The tail is summed over the ids that are not kept: 1 - sum(kept) would cancel.
-            tails.append(log_probs_RV.scatter(-1, ids_RK, -torch.inf).logsumexp(-1))
-            ids.append(ids_RK.to(torch.int32))
-            kept.append(log_probs_RK)
+        size = self.vocabulary.size
+        ids_RK, log_probs_RK, tail_log_mass_R = head_top_k(self.model, states_RD, size, min(request.k, size), request.temperature)
         return TopKTargets(
             vocabulary=self.vocabulary.fingerprint,
             temperature=request.temperature,
-            ids_RK=torch.cat(ids),
-            log_probs_RK=torch.cat(kept),
-            tail_log_mass_R=torch.cat(tails),
+            ids_RK=ids_RK,
+            log_probs_RK=log_probs_RK,
+            tail_log_mass_R=tail_log_mass_R,
         )
+
+
+@torch.inference_mode()
+def head_log_probs(model: PreTrainedModel, states_RD: torch.Tensor, size: int, temperature: float) -> torch.Tensor:
+    """Log-probabilities (nats, float32, R x `size`) that the head of `model` gives to hidden states, at `temperature`."""
+    logits_RV = head_of(model)(states_RD.to(model.dtype))[:, :size].float()
+    return torch.log_softmax(logits_RV / temperature, dim=-1)
+
+
+@torch.inference_mode()
+def head_top_k(
+    model: PreTrainedModel, states_RD: torch.Tensor, size: int, k: int, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of those: the `k` most probable ids (int32, R x k), their log-probabilities, and the log of the mass of all others (R)."""
+    ids, kept, tails = [], [], []
+    for chunk_RD in states_RD.split(max(1, VALUES_AT_ONCE // size)):
+        log_probs_RV = head_log_probs(model, chunk_RD, size, temperature)
+        log_probs_RK, ids_RK = log_probs_RV.topk(k, dim=-1)
+        # The tail is summed over the ids that are not kept: 1 - sum(kept) would cancel.
+        tails.append(log_probs_RV.scatter(-1, ids_RK, -torch.inf).logsumexp(-1))
+        ids.append(ids_RK.to(torch.int32))
+        kept.append(log_probs_RK)
+    return torch.cat(ids), torch.cat(kept), torch.cat(tails)
 
 
 def text_targets(sequences: Sequence[TokenSequence], vocabulary: Vocabulary) -> TextTargets:

@@ -1,6 +1,11 @@
-"""Recognising that a device has run out of memory, whatever it is called there."""
+"""Memory that has run out, whatever that is called on a device, and memory that is no longer needed."""
 
 from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+from contextlib import suppress
 
 import torch
 
@@ -11,3 +16,16 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     text = str(error)
     return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text or "out of memory" in text)
+
+
+def release_memory() -> None:
+    """Gives what is no longer referenced back to the system or the device.
+
+    glibc keeps freed blocks for itself; what one stage held would be counted against the next, which asks for blocks of other sizes.
+    """
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # a C library without malloc_trim (musl)
+            ctypes.CDLL(None).malloc_trim(0)

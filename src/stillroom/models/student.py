@@ -5,13 +5,13 @@ Sum in the objective, count over the whole step, divide once. B sequences, T pos
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
@@ -55,7 +55,7 @@ class TransformersStudent:
         self._settings = settings
         self._dtype = dtype
         self._rows_per_chunk = rows_per_chunk
-        self._optimiser = _adamw(self.model, settings)
+        self._optimiser = adamw(self.model, settings)
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -159,7 +159,7 @@ class TransformersStudent:
                 if keys:
                     device = {key: torch.device("cpu") if key == "step" and parameter.device.type == "cpu" else parameter.device for key in keys}
                     self._optimiser.state[parameter] = {key: state[f"{key}:{name}"].to(device[key]) for key in keys}
-        except (OSError, KeyError, ValueError, RuntimeError, json.JSONDecodeError) as error:
+        except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
             raise RunError(
                 "run-corrupt",
                 found=f"checkpoint {directory}: {error}",
@@ -183,7 +183,8 @@ class TransformersStudent:
         return torch.autocast(self.model.device.type, self._dtype)
 
 
-def _adamw(model: PreTrainedModel, settings: OptimiserSettings) -> torch.optim.AdamW:
+def adamw(model: PreTrainedModel, settings: OptimiserSettings) -> torch.optim.AdamW:
+    """The optimiser of a student."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]

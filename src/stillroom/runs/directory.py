@@ -53,6 +53,8 @@ class Run:
                     why="results of two recipes in one directory could not be told apart",
                     do="Choose another --out, or go back to the recipe that began this run.",
                 )
+        elif directory.exists() and not directory.is_dir():
+            raise RunError("run-not-a-run", found=f"{directory} is a file", expected="a directory, or nothing yet", do="Choose another --out.")
         elif directory.exists() and any(path.name not in _NOT_OURS for path in directory.iterdir()):
             raise RunError(
                 "run-not-a-run",
@@ -63,8 +65,9 @@ class Run:
         return run
 
     @classmethod
-    def open(cls, directory: Path) -> Run:
+    def open(cls, directory: Path | str) -> Run:
         """A run that exists. Raises RunError where `directory` holds none."""
+        directory = Path(directory)
         path = directory / "recipe.json"
         if not path.exists():
             raise RunError("run-not-a-run", found=f"{directory} has no recipe.json", expected="a run directory", do="Check the path.")
@@ -86,7 +89,7 @@ class Run:
     def state(self) -> str:
         """The last state of `STATES` that has been reached."""
         reached = "new"
-        last_files = (self.env_path, self.transfer_set_path, self.trained_path, self.evaluated_path, self.report_path)
+        last_files = (self.env_path, self.transfer_set_path, self.trained_path, self.evaluated_path, self.page_path)
         for state, path in zip(STATES[1:], last_files, strict=True):
             if not path.exists():
                 break
@@ -160,6 +163,10 @@ class Run:
     @property
     def report_path(self) -> Path:
         return self.directory / "report.json"
+
+    @property
+    def page_path(self) -> Path:
+        return self.directory / "report.html"
 
 
 def _differences(one: Any, other: Any, prefix: str = "") -> list[str]:

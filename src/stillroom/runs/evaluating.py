@@ -24,7 +24,7 @@ from stillroom.evals.fidelity import measure_fidelity
 from stillroom.evals.tasks import Item, ItemScores, score_items
 from stillroom.ledger import Ledger
 from stillroom.models.loading import describe, load_model
-from stillroom.models.local import LocalTeacher
+from stillroom.models.local import COMPARED_AT_ONCE, VALUES_AT_ONCE, LocalTeacher
 from stillroom.models.rollouts import decode
 from stillroom.runs.collecting import sampling_of, store_identity
 from stillroom.runs.directory import Run
@@ -140,7 +140,16 @@ class Evaluator:
         def rows(model: LocalTeacher) -> Callable[[Sequence[TokenSequence]], torch.Tensor]:
             return lambda sequences: model.log_probs(model.hidden_states(sequences), 1.0)
 
-        return measure_fidelity(rows(self.teacher), rows(student), self._held_out_sequences(), sequences_per_chunk=self.teacher.at_once)
+        sequences = self._held_out_sequences()
+        longest = max([1, *(len(sequence.scored_rows) for sequence in sequences)])
+        size = self.prepared.teacher_vocabulary.size
+        return measure_fidelity(
+            rows(self.teacher),
+            rows(student),
+            sequences,
+            sequences_per_chunk=min(self.teacher.at_once, max(1, VALUES_AT_ONCE // (longest * size))),
+            rows_per_chunk=max(1, COMPARED_AT_ONCE // size),
+        )
 
     def _held_out_sequences(self) -> list[TokenSequence]:
         """The teacher's own answers to prompts that the student was not trained on."""

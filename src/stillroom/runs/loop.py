@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,6 +39,10 @@ class BatchSource(Protocol):
         """Tokens of a record, so that similar lengths can go together."""
         ...
 
+    def scored_tokens(self, record_ids: Sequence[str]) -> int:
+        """Scored rows of these records, without asking for their targets."""
+        ...
+
     def batch(self, record_ids: Sequence[str]) -> Batch:
         """The records in the order asked for, with what the teacher said about them."""
         ...
@@ -56,6 +61,7 @@ class LoopSettings:
     validate_every: int
     checkpoint_every: int
     seed: int
+    length_window: int = 1
     patience: int | None = None
 
     def learning_rate_at(self, step: int) -> float:
@@ -88,19 +94,31 @@ class Progress:
     halvings: list[Halving] = field(default_factory=list)
 
 
-def step_records(records: Sequence[str], step: int, per_step: int, seed: int) -> list[str]:
-    """The records of step `step`: consecutive slices of an endless stream in which every epoch is a fresh permutation of `records`."""
-    chosen = []
-    permutation: np.ndarray[Any, np.dtype[np.int64]] | None = None
-    current = -1
-    for position in range(step * per_step, (step + 1) * per_step):
-        epoch, offset = divmod(position, len(records))
-        if epoch != current:
-            permutation = np.random.Generator(np.random.Philox(derive_seed(seed, "order", epoch))).permutation(len(records))
-            current = epoch
-        assert permutation is not None
-        chosen.append(records[int(permutation[offset])])
-    return chosen
+def step_records(
+    records: Sequence[str], step: int, per_step: int, seed: int, *, window: int = 1, length: Callable[[str], int] = lambda record: 0
+) -> list[str]:
+    """The records of step `step`: consecutive slices of an endless stream in which every epoch is a fresh permutation of `records`.
+
+    With a `window` above 1 the slices of so many steps are pooled, sorted by `length` and cut again, and the steps of the window come in random
+    order: each step's records are then of similar lengths, and the window's records are the same.
+    """
+    first = step - step % window
+    pool = [_streamed(records, position, seed) for position in range(first * per_step, (first + window) * per_step)]
+    if window == 1:
+        return pool
+    pool.sort(key=length)
+    turn = int(_permutation(window, seed, "window", first)[step - first])
+    return pool[turn * per_step : (turn + 1) * per_step]
+
+
+def _streamed(records: Sequence[str], position: int, seed: int) -> str:
+    epoch, offset = divmod(position, len(records))
+    return records[int(_permutation(len(records), seed, "order", epoch)[offset])]
+
+
+@lru_cache(maxsize=4)
+def _permutation(count: int, seed: int, *names: str | int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    return np.random.Generator(np.random.Philox(derive_seed(seed, *names))).permutation(count)
 
 
 class Loop:
@@ -153,7 +171,10 @@ class Loop:
 
     def _one_step(self, began: float, began_tokens: int) -> None:
         step = self.progress.step
-        records = step_records(self.records, step, self.settings.sequences_per_step, self.settings.seed)
+        settings = self.settings
+        records = step_records(
+            self.records, step, settings.sequences_per_step, settings.seed, window=settings.length_window, length=self.source.length
+        )
         sums = self._accumulate(records)
         if not math.isfinite(sums.objective_nats):
             raise self._diverged(f"an objective of {sums.objective_nats} at step {step + 1}")
@@ -192,10 +213,10 @@ class Loop:
                 self.observer.note(f"out of memory at step {self.progress.step + 1}: going on with micro-batches of {self.progress.micro_batch}")
 
     def _accumulate_in(self, ordered: Sequence[str], micro_batch: int) -> StepSums:
-        batches = [self.source.batch(ordered[start : start + micro_batch]) for start in range(0, len(ordered), micro_batch)]
-        scored = sum(batch.scored_tokens for batch in batches)
-        parts = [self.student.forward_backward(batch, self.objective, divide_by=max(1, scored)) for batch in batches]
-        return _added(parts)
+        # Counted before any batch is made, so that no more than one of them has to be held.
+        divide_by = max(1, self.source.scored_tokens(ordered))
+        starts = range(0, len(ordered), micro_batch)
+        return _added([self.student.forward_backward(self.source.batch(ordered[at : at + micro_batch]), self.objective, divide_by) for at in starts])
 
     def _validate(self) -> None:
         if not self.validation:
@@ -207,6 +228,8 @@ class Loop:
         sums = _added(parts)
         if sums.scored_tokens == 0:
             return
+        if not math.isfinite(sums.objective_nats):
+            raise self._diverged(f"a validation objective of {sums.objective_nats} after step {self.progress.step}")
         self._log("validation", sums)
         nats = sums.objective_nats / sums.scored_tokens
         if self.settings.patience is None:

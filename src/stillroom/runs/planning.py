@@ -14,7 +14,7 @@ from stillroom.core import durable
 from stillroom.core.errors import DataError, ResourceError, StoreError
 from stillroom.data import LoadedPrompts, Prompt, load_prompts
 from stillroom.entitlement import TermsStatement, Verdict, decide, require
-from stillroom.models.estimate import WorkEstimate, Workload, estimate
+from stillroom.models.estimate import LabelOnlyWork, WorkEstimate, Workload, estimate, measure
 from stillroom.models.loading import (
     ModelDescription,
     ModelShape,
@@ -42,6 +42,7 @@ _MEMORY_SHARE = 0.7
 # A step is sorted by length before it is cut into micro-batches, so smaller ones pad less; a CPU gains nothing from larger ones.
 _CPU_MICRO_BATCH = 64
 _DEFAULT_EPOCHS = 3.0
+_SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,6 +218,8 @@ class _Planner:
         self.decisions: list[Decision] = []
         self.warnings: list[str] = []
         self.items = 0
+        self.prompt_lengths: list[int] = []
+        self.answer_lengths: list[int] = []
 
     def plan(self, verdict: Verdict, terms: TermsStatement | None) -> Plan:
         """The whole page."""
@@ -265,7 +268,7 @@ class _Planner:
 
     def _prompts(self) -> PromptFacts:
         sample = _spread(self.prompts.prompts, _SAMPLED_PROMPTS)
-        lengths = [len(self.renderer.prompt_ids(prompt)) for prompt in sample]
+        lengths = self.prompt_lengths = [len(self.renderer.prompt_ids(prompt)) for prompt in sample]
         longest = max(lengths)
         context = self.teacher.shape.context_length
         if context is not None and min(lengths) + 1 >= context:
@@ -278,32 +281,30 @@ class _Planner:
         lossy = sum(self.renderer.loses_text(prompt) for prompt in _spread(sample, 200))
         if lossy:
             self.warnings.append(f"in {lossy} of {min(200, len(sample))} prompts looked at, some text is lost by the teacher's tokenizer")
-        assumed, why = self._answer_length()
+        self.answer_lengths, why = self._answer_lengths()
         return PromptFacts(
             count=len(self.prompts.prompts),
             duplicates_dropped=self.prompts.duplicates,
             tokens_mean=sum(lengths) / len(lengths),
             tokens_longest=longest,
-            answer_tokens_assumed=assumed,
+            answer_tokens_assumed=sum(self.answer_lengths) / len(self.answer_lengths),
             answer_tokens_why=why,
         )
 
-    def _answer_length(self) -> tuple[float, str]:
-        most = self.recipe.generation.max_new_tokens
+    def _answer_lengths(self) -> tuple[list[int], str]:
+        most, evaluation = self.recipe.generation.max_new_tokens, self.recipe.evaluation
+        items = load_prompts(evaluation.path, limit=evaluation.limit).prompts if evaluation.path is not None else ()
+        self.items = len(items)
         given = [prompt for prompt in _spread(self.prompts.prompts, 200) if prompt.answer is not None or self.renderer.ends_with_answer(prompt)]
         if given:
-            return self._mean_answer(given, most), "the mean of the answers given with the prompts"
-        if self.recipe.evaluation.path is not None:
-            items = load_prompts(self.recipe.evaluation.path, limit=self.recipe.evaluation.limit).prompts
-            self.items = len(items)
-            answered = [item for item in _spread(items, 200) if item.answer is not None]
-            if answered:
-                return self._mean_answer(answered, most), "the mean of the evaluation items' answers"
-        return float(most), "the most that generation.max_new_tokens allows: nothing is known of the answers yet"
+            return self._lengths_of(given, most), "the mean of the answers given with the prompts"
+        answered = [item for item in _spread(items, 200) if item.answer is not None]
+        if answered:
+            return self._lengths_of(answered, most), "the mean of the evaluation items' answers"
+        return [most], "the most that generation.max_new_tokens allows: nothing is known of the answers yet"
 
-    def _mean_answer(self, prompts: Sequence[Prompt], most: int) -> float:
-        lengths = [len(self.renderer.sequence(prompt, prompt.answer).scored_rows) for prompt in prompts]
-        return min(float(most), sum(lengths) / len(lengths))
+    def _lengths_of(self, prompts: Sequence[Prompt], most: int) -> list[int]:
+        return [min(most, len(self.renderer.sequence(prompt, prompt.answer).scored_rows)) for prompt in prompts]
 
     def _signal(self, facts: PromptFacts) -> Signal:
         section = self.recipe.targets
@@ -390,8 +391,9 @@ class _Planner:
     def _fitted(self, work: Workload, hardware: Hardware) -> tuple[Hardware, WorkEstimate]:
         """Halves the micro-batch until the estimate fits into memory, unless the recipe sets it."""
         available = _memory_available(hardware.device)
+        measured = measure(work)
         while True:
-            found = estimate(work)
+            found = estimate(work, measured)
             fits = found.peak_memory_bytes <= _MEMORY_SHARE * available
             if fits or self.recipe.training.micro_batch != "auto" or work.micro_batch == 1:
                 break
@@ -406,32 +408,52 @@ class _Planner:
 
     def _workload(self, facts: PromptFacts, signal: Signal, hardware: Hardware, steps: int) -> Workload:
         recipe = self.recipe
-        training, evaluation = recipe.training, recipe.evaluation
+        training = recipe.training
+        dtype: torch.dtype = getattr(torch, hardware.dtype)
         return Workload(
             teacher=self.teacher.config,
             student=self.student.config,
-            vocabulary=self.vocabulary,
+            teacher_parameters=self.teacher.parameters,
+            student_parameters=self.student.parameters,
+            mapped_bytes=0 if self.teacher.stored_dtype == _SAFETENSORS_NAMES.get(dtype) else self.teacher.weight_bytes,
+            size=self.vocabulary.size,
             objective=self.objective,
             device=torch.device(hardware.device),
-            dtype=getattr(torch, hardware.dtype),
+            dtype=dtype,
             threads=hardware.threads,
             prompts=facts.count,
-            prompt_tokens_mean=facts.tokens_mean,
-            answer_tokens_mean=facts.answer_tokens_assumed,
+            prompt_tokens=tuple(self.prompt_lengths),
+            answer_tokens=tuple(self.answer_lengths),
+            max_new_tokens=recipe.generation.max_new_tokens,
+            written=recipe.prompts.answers == "teacher",
+            sampling_temperature=recipe.generation.sampling_temperature,
             teacher_at_once=hardware.teacher_at_once,
             target_kind=signal.kind,
             k=signal.k,
             live=signal.live,
-            store_bytes=0 if signal.live else int(facts.count * facts.answer_tokens_assumed * signal.bytes_per_token),
+            row_bytes=signal.bytes_per_token,
+            from_teacher=recipe.student.from_teacher is not None,
             steps=steps,
             sequences_per_step=training.sequences_per_step,
             micro_batch=hardware.micro_batch,
             rows_per_chunk=training.rows_per_chunk,
-            validation_sequences=int(training.validation_fraction * facts.count),
-            validations=steps // training.validate_every,
-            label_only_steps=steps // 4 if evaluation.label_only else 0,
+            validation_fraction=training.validation_fraction,
+            validate_every=training.validate_every,
+            checkpoint_every=training.checkpoint_every,
+            label_only=self._label_only(),
             items=self.items,
-            fidelity_prompts=evaluation.fidelity_prompts,
+            fidelity_prompts=recipe.evaluation.fidelity_prompts,
+        )
+
+    def _label_only(self) -> LabelOnlyWork | None:
+        section = self.recipe.evaluation.label_only
+        if section is None:
+            return None
+        return LabelOnlyWork(
+            pairs=len(load_prompts(section.path, limit=section.limit).prompts),
+            validation_fraction=section.validation_fraction,
+            validate_every=section.validate_every,
+            patience=section.patience,
         )
 
     def _student_facts(self) -> ModelFacts:

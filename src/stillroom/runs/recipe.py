@@ -161,6 +161,8 @@ class TrainingSection(_Section):
     """Passes over the transfer set; 3 if neither is given."""
     sequences_per_step: Positive = 64
     """Sequences in one optimiser step, over all micro-batches."""
+    length_window: Positive = 1
+    """Steps whose sequences are sorted by length together, so that little is padded; 1 mixes lengths freely."""
     micro_batch: Positive | Literal["auto"] = "auto"
     """Sequences that go through the student at once; auto: `plan` chooses what fits."""
     learning_rate: Annotated[float, Field(gt=0.0)] = 1e-4

@@ -30,6 +30,10 @@ class StoredSource:
         """Tokens of a record."""
         return self._lengths[record_id]
 
+    def scored_tokens(self, record_ids: Sequence[str]) -> int:
+        """Scored rows of these records."""
+        return self.store.scored_tokens(record_ids)
+
     def batch(self, record_ids: Sequence[str]) -> Batch:
         """The records with their stored targets."""
         sequences, targets = self.store.read(record_ids)
@@ -48,6 +52,10 @@ class LiveSource:
         """Tokens of a record."""
         return len(self.sequences[record_id].ids)
 
+    def scored_tokens(self, record_ids: Sequence[str]) -> int:
+        """Scored rows of these records."""
+        return sum(len(self.sequences[record].scored_rows) for record in record_ids)
+
     def batch(self, record_ids: Sequence[str]) -> Batch:
         """The records with fresh targets."""
         sequences = [self.sequences[record] for record in record_ids]
@@ -65,6 +73,10 @@ class TextSource:
     def length(self, record_id: str) -> int:
         """Tokens of a record."""
         return len(self.sequences[record_id].ids)
+
+    def scored_tokens(self, record_ids: Sequence[str]) -> int:
+        """Scored rows of these records."""
+        return sum(len(self.sequences[record].scored_rows) for record in record_ids)
 
     def batch(self, record_ids: Sequence[str]) -> Batch:
         """The records with their own tokens as targets."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from stillroom.entitlement import require
 from stillroom.ledger import Ledger
 from stillroom.models.loading import describe, load_model, silence
 from stillroom.models.local import LocalTeacher
+from stillroom.models.memory import release_memory
 from stillroom.runs.collecting import Collector
 from stillroom.runs.directory import STATES, Run, environment
 from stillroom.runs.evaluating import Evaluator
@@ -35,7 +35,12 @@ def run(recipe: Recipe, out: Path, *, until: str, needs: str | None, observer: O
     """See stillroom.runs.run."""
     found = Run.begin(recipe, out)
     # transformers speaks of attention masks and loading; what a person should know of a run is said by the run.
-    with silence(), found.locked(), StopRequest(f"To resume, run the same command again with --out {out}.") as stop:
+    with (
+        durable.full_disk_reported(found.directory),
+        silence(),
+        found.locked(),
+        StopRequest(f"To resume, run the same command again with --out {out}.") as stop,
+    ):
         if needs is not None:
             found.require(needs, _COMMANDS[needs])
         return Stages(found, observer, stop).run_until(until)
@@ -60,7 +65,7 @@ class Stages:
         for state in STATES[1 : STATES.index(until) + 1]:
             if STATES.index(self.run.state) < STATES.index(state):
                 steps[state]()
-                gc.collect()
+                release_memory()
         return self.run
 
     @property

@@ -19,6 +19,7 @@ from stillroom.ledger import Ledger, Trained
 from stillroom.models.export import export_student
 from stillroom.models.loading import build_from_scratch, build_from_teacher, load_model
 from stillroom.models.local import LocalTeacher
+from stillroom.models.memory import release_memory
 from stillroom.models.student import OptimiserSettings, TransformersStudent
 from stillroom.objectives.divergences import cross_entropy
 from stillroom.objectives.objective import Objective, WeightedTerm
@@ -48,21 +49,8 @@ class Trainer:
         store = TargetStore.open(self.run.store_path, store_identity(self.prepared))
         transfer_set.require_backed(self.ledger, store)
         records, validation = split(transfer_set.ids, self.prepared.recipe.training.validation_fraction, derive_seed(self._seed, "validation"))
-        student = self._student()
-        self.observer.stage("train", f"{self.prepared.plan.student.parameters:,} parameters on {len(records):,} records, {self._steps:,} steps")
-        progress = Loop(
-            student,
-            self.prepared.objective,
-            self._source(store),
-            records,
-            validation,
-            self._settings(self._steps, len(records)),
-            self.run.directory,
-            observer=self.observer,
-            stop=self.stop,
-            consumed=self._enter,
-        ).run()
-        self._export(student.model, "student")
+        progress = self._train_student(store, records, validation)
+        release_memory()
         label_only = self.prepared.recipe.evaluation.label_only
         baseline = self._train_label_only(label_only) if label_only is not None else None
         done = Training(
@@ -78,6 +66,24 @@ class Trainer:
             label_only_seconds=round(baseline.seconds, 3) if baseline else None,
         )
         durable.write_json_atomic(self.run.trained_path, done.model_dump(mode="json"))
+
+    def _train_student(self, store: TargetStore, records: Sequence[str], validation: Sequence[str]) -> Progress:
+        student = self._student()
+        self.observer.stage("train", f"{self.prepared.plan.student.parameters:,} parameters on {len(records):,} records, {self._steps:,} steps")
+        progress = Loop(
+            student,
+            self.prepared.objective,
+            self._source(store),
+            records,
+            validation,
+            self._settings(self._steps, len(records)),
+            self.run.directory,
+            observer=self.observer,
+            stop=self.stop,
+            consumed=self._enter,
+        ).run()
+        self._export(student.model, "student")
+        return progress
 
     @property
     def _seed(self) -> int:
@@ -110,6 +116,7 @@ class Trainer:
             validate_every=training.validate_every,
             checkpoint_every=training.checkpoint_every,
             seed=self._seed,
+            length_window=training.length_window,
         )
 
     def _source(self, store: TargetStore) -> BatchSource:

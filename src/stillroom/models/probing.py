@@ -1,0 +1,201 @@
+"""Small copies of models, and what running them takes: seconds by the clock, bytes by following every tensor that is made.
+
+A copy has one or two of a model's layers and a few of its vocabulary's rows, so that a model too large for this machine is probed as well. Layers
+are alike: what a quantity is for any number of them follows from what it is for one and for two.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
+
+from stillroom.models.loading import config_from_teacher, skeleton_of
+
+# A copy's embeddings and head have at most so many numbers each; what the rest of the vocabulary takes is in proportion.
+HEAD_NUMBERS = 2**23
+# Two layers may take this share of the memory that is free; of wider models a narrower stand-in is probed.
+_SHARE_OF_FREE_MEMORY = 0.25
+_REPEATS = 5
+_SECONDS_OF_REPEATS = 0.05
+
+
+# --- what it takes ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Of one action: wall seconds; the most bytes of its tensors that lived at once; those that its result keeps alive."""
+
+    seconds: float
+    peak_bytes: float
+    kept_bytes: float
+
+
+class Meter:
+    """Measures actions on one device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._fastest_seconds = self._mean_seconds = 0.0
+
+    @property
+    def slowdown(self) -> float:
+        """How much longer actions took on average than at their fastest: what other work on this machine costs. At least 1."""
+        return self._mean_seconds / self._fastest_seconds if self._fastest_seconds else 1.0
+
+    def cost(self, action: Callable[[], object]) -> Cost:
+        """Weighs `action` in one run and times it in others; the first run is also the warm-up."""
+        peak, kept = self.bytes(action)
+        return Cost(self.seconds(action), peak, kept)
+
+    def bytes(self, action: Callable[[], object]) -> tuple[int, int]:
+        """The most bytes that lived at once on the device, and those that the result of `action` keeps alive."""
+        with LiveBytes(self.device) as live:
+            result = action()
+            kept = live.now
+            del result
+        return live.peak, kept
+
+    def seconds(self, action: Callable[[], object]) -> float:
+        """The fastest of a few runs."""
+        taken: list[float] = []
+        while len(taken) < 2 or (len(taken) < _REPEATS and sum(taken) < _SECONDS_OF_REPEATS):
+            self._wait()
+            began = time.perf_counter()
+            action()
+            self._wait()
+            taken.append(time.perf_counter() - began)
+        self._fastest_seconds += min(taken)
+        self._mean_seconds += sum(taken) / len(taken)
+        return min(taken)
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made inside, on one kind of device, for as long as each lives: `now`, and `peak`, their maximum."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._device = device
+        self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        given = {_address(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor)}
+        for tensor in tree_leaves(made):
+            # A view of what was there before is not new.
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == self._device.type and _address(tensor) not in given:
+                self._follow(tensor.untyped_storage())
+        return made
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        address, size = storage._cdata, storage.nbytes()
+        if address in self._storages:
+            return
+
+        def gone(_: weakref.ref[torch.UntypedStorage]) -> None:
+            self.now -= size
+            del self._storages[address]
+
+        self._storages[address] = weakref.ref(storage, gone)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+def _address(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+@contextmanager
+def as_in_a_run(threads: int) -> Iterator[None]:
+    """torch as a run sets it: so many threads, deterministic algorithms. Everything, the generator too, is as before afterwards."""
+    threads_before = torch.get_num_threads()
+    deterministic, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.set_num_threads(threads_before)
+
+
+# --- copies -----------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pattern:
+    """What copies of a model are made from. `rows` is their vocabulary; `scale` is how many times wider a layer of the model itself is in numbers
+    (1 but for a stand-in), and `widening` how many times wider its states are.
+    """
+
+    config: PretrainedConfig
+    layers: int
+    rows: int
+    parameters: int
+    layer_parameters: int
+    scale: float = 1.0
+    widening: float = 1.0
+
+
+def pattern_of(config: PretrainedConfig, parameters: int, dtype: torch.dtype, device: torch.device) -> Pattern:
+    """How a model of `config`, with so many parameters, is to be probed. Allocates nothing."""
+    layers, width = int(config.num_hidden_layers), int(config.hidden_size)
+    small = min(int(config.vocab_size), max(256, HEAD_NUMBERS // width))
+    one, two = (_parameters(_cut(config, depth, small)) for depth in (1, 2))
+    each = two - one if layers > 1 else one - small * width
+    if 2 * each * dtype.itemsize <= _SHARE_OF_FREE_MEMORY * _free_bytes(device):
+        return Pattern(config=config, layers=layers, rows=small, parameters=parameters, layer_parameters=each)
+    stand_in = LlamaConfig(vocab_size=min(small, 256), hidden_size=1024, intermediate_size=3072, num_hidden_layers=2, num_attention_heads=8)
+    narrow = _parameters(_cut(stand_in, 2, 256)) - _parameters(_cut(stand_in, 1, 256))
+    return Pattern(
+        config=stand_in, layers=layers, rows=stand_in.vocab_size, parameters=parameters, layer_parameters=each, scale=each / narrow, widening=width / 1024
+    )
+
+
+def copy_of(pattern: Pattern, depth: int, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """A copy of `depth` layers, in evaluation mode; its weights mean nothing."""
+    config = _cut(pattern.config, depth, pattern.rows)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=dtype)
+    assert isinstance(model, PreTrainedModel)
+    model = model.to_empty(device=device).eval()
+    # Small and not all alike: no number is so small that arithmetic with it is slow, and experts are chosen as by chance.
+    noise = 0.02 * torch.randn(2**16 + 1, generator=torch.Generator().manual_seed(0)).to(device)
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            for part in tensor.view(-1).split(len(noise)):
+                part.copy_(noise[: len(part)]) if tensor.is_floating_point() else part.zero_()
+    return model
+
+
+def _cut(config: PretrainedConfig, depth: int, rows: int) -> PretrainedConfig:
+    cut = config_from_teacher(config, [min(index, int(config.num_hidden_layers) - 1) for index in range(depth)])
+    cut.vocab_size = rows
+    cut.pad_token_id = None
+    return cut
+
+
+def _parameters(config: PretrainedConfig) -> int:
+    return sum(parameter.numel() for parameter in skeleton_of(config).parameters())
+
+
+def _free_bytes(device: torch.device) -> int:
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else int(psutil.virtual_memory().available)

@@ -27,9 +27,13 @@ CAVEATS = (
 def main() -> None:
     arguments = parser(__doc__ or "")
     arguments.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    arguments.add_argument("--text-only-seeds", type=int, nargs="*", help="seeds that the text-only student is trained for; by default all")
+    arguments.add_argument("--keep", type=Path, help="where to keep the run directories; by default they are removed")
     given = arguments.parse_args()
-    with tempfile.TemporaryDirectory(prefix="stillroom-bench-") as work:
-        results = [_one(seed, Path(work)) for seed in given.seeds]
+    with tempfile.TemporaryDirectory(prefix="stillroom-bench-") as temporary:
+        work = given.keep or Path(temporary)
+        text_only = given.seeds if given.text_only_seeds is None else given.text_only_seeds
+        results = [_one(seed, work) | ({"text_only": _text_only(seed, work)} if seed in text_only else {}) for seed in given.seeds]
     finish("demo", {"seeds": results, "holds": [_holds(result) for result in results]}, caveats=CAVEATS, as_json=given.json)
 
 
@@ -53,7 +57,6 @@ def _one(seed: int, work: Path) -> dict[str, Any]:
         "gap_recovered": _number(quality["gap_recovered"]),
         "fidelity": {name: _number(number) for name, number in report["fidelity"].items()},
         "ratios": {name: _number(number) for name, number in ratios.items()},
-        "text_only": _text_only(seed, work),
     }
 
 

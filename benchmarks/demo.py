@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from _common import finish, parser
-
 from stillroom import Recipe, demo, runs
 
 CAVEATS = (

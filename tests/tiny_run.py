@@ -73,7 +73,8 @@ def tiny_recipe(folder: Path, *, prompts: int = 24) -> dict[str, Any]:
             "path": str(items),
             "fidelity_prompts": 4,
             "resamples": 100,
-            "label_only": {"path": str(pairs), "validation_fraction": 0.25, "patience": 2, "validate_every": 2},
+            # So high a rate that it soon gets worse: the baseline stops early.
+            "label_only": {"path": str(pairs), "validation_fraction": 0.25, "patience": 1, "validate_every": 2, "learning_rate": 0.3},
         },
         "hardware": {"device": "cpu", "dtype": "float32", "threads": 1},
         "seed": 3,

@@ -1,10 +1,10 @@
 """Stillroom distils large language models into small ones, and keeps the book on it.
 
-    import stillroom
+import stillroom
 
-    recipe = stillroom.Recipe(teacher=..., student=..., prompts=..., terms=...)
-    run = stillroom.run(recipe, out="runs/first")
-    print(run.report.quality.gap_recovered)
+recipe = stillroom.Recipe(teacher=..., student=..., prompts=..., terms=...)
+run = stillroom.run(recipe, out="runs/first")
+print(run.report.quality.gap_recovered)
 """
 
 from stillroom.core.errors import StillroomError

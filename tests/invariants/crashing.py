@@ -1,8 +1,8 @@
 """A process in which children run a tiny run and die: at every write point in turn, by os._exit, and then are resumed by another child.
 
-    python crashing.py DIRECTORY MODE       one line of JSON for each death: {stage, point, died, resumed, differences, output}
+    python crashing.py DIRECTORY MODE...    one line of JSON for each death: {stage, point, died, resumed, differences, output}
 
-MODE is a state ("collected": die at each write point of the stage that ends there, beginning where the state before ended; resume to that
+A MODE is a state ("collected": die at each write point of the stage that ends there, beginning where the state before ended; resume to that
 state), or "whole" (die at each write point of a whole run, the resumed run dies once more further on, and a third goes to the end).
 
 Children are forked, since importing torch takes longer than the run itself: this process computes no gradient and starts no thread.
@@ -28,10 +28,11 @@ import torch.utils.tensorboard  # likewise, for the loop
 from stillroom.core import durable
 from stillroom.core.errors import StillroomError
 from stillroom.data import TransferSet
+from stillroom.evals import cost
 from stillroom.evals.cost import CostMeasurements
+from stillroom.evals.measured import Absence
 from stillroom.ledger import Ledger
-from stillroom.models.estimate import WorkEstimate
-from stillroom.runs import collecting, evaluating, planning, run, stages  # noqa: F401
+from stillroom.runs import Plan, collecting, evaluating, planning, run, stages
 from stillroom.runs.directory import STATES
 from stillroom.runs.recipe import Recipe
 from stillroom.targets.store import TargetStore
@@ -42,25 +43,29 @@ DIED = 137
 _PART = 10
 
 
-def main(directory: Path, mode: str) -> None:
+def main(directory: Path, modes: list[str]) -> None:
     """Makes the uninterrupted run, then one death after another."""
     recipe = Recipe.from_tree(tiny_recipe(directory / "in"))
-    _quicken()
-    planning.prepare(recipe)  # for what it imports
+    _quicken(recipe, directory / "planned once")
     # A collection in a child would touch, and so copy, all the memory that it shares with this process.
     gc.collect()
     gc.freeze()
-    snapshots = _uninterrupted(recipe, directory, STATES[-1] if mode == "whole" else mode)
-    for line in _deaths(recipe, directory / "case", snapshots, mode):
-        print(json.dumps(line), flush=True)
-        if line["differences"] or line["resumed"] != 0 or line["died"] not in (0, DIED):
-            break
+    snapshots = _uninterrupted(recipe, directory, STATES[-1] if "whole" in modes else modes[-1])
+    for mode in modes:
+        for line in _deaths(recipe, directory / "case", snapshots, mode):
+            print(json.dumps(line), flush=True)
+            if line["differences"] or line["resumed"] != 0 or line["died"] != DIED:
+                return
 
 
-def _quicken() -> None:
-    """Several parts out of few prompts; and no timed estimate, which takes long and decides nothing."""
+def _quicken(recipe: Recipe, out: Path) -> None:
+    """Several parts out of few prompts; and what takes long, writes nothing and is tested elsewhere is done once or not at all."""
     collecting.PART = _PART
-    planning.estimate = lambda work: WorkEstimate(seconds={}, peak_memory_bytes=0, how="not estimated")
+    cost.measure_peak_memory = lambda *_: Absence(absent="not measured in this test")
+    code, output = in_child(lambda: run(recipe, out=out, until="planned"))
+    assert code == 0, output
+    prepared = planning.prepare(recipe, planned=Plan.model_validate(durable.read_json(out / "plan.json")))
+    stages.prepare = lambda *_, **__: prepared
 
 
 def _uninterrupted(recipe: Recipe, directory: Path, last: str) -> dict[str, Path]:
@@ -73,9 +78,14 @@ def _uninterrupted(recipe: Recipe, directory: Path, last: str) -> dict[str, Path
         code, output = in_child(lambda state=state: run(recipe, out=snapshots[state], until=state))
         assert code == 0, output
         if state == "evaluated":
-            measured = CostMeasurements.model_validate_json((snapshots[state] / "evals" / "cost.json").read_bytes())
-            evaluating.measure_cost = lambda *_, **__: measured
+            _measure_no_more(snapshots[state] / "evals" / "cost.json")
     return snapshots
+
+
+def _measure_no_more(path: Path) -> None:
+    """From here on measuring what the models cost gives what it gave the first time."""
+    measured = CostMeasurements.model_validate_json(path.read_bytes())
+    evaluating.measure_cost = lambda *_, **__: measured
 
 
 def _deaths(recipe: Recipe, case: Path, snapshots: dict[str, Path], mode: str) -> Any:
@@ -89,7 +99,7 @@ def _deaths(recipe: Recipe, case: Path, snapshots: dict[str, Path], mode: str) -
         if mode == "whole":
             # Further on by a number of points that is different each time.
             again, output = in_child(lambda point=point: _until_death(recipe, case, last, 1 + point * 7 % 40))
-            died = died if again in (0, DIED) else again
+            died = DIED if again in (0, DIED) else again
         resumed, output = in_child(lambda: run(recipe, out=case, until=last))
         found = differences(recipe, snapshots[last], case) if resumed == 0 else []
         yield {"stage": mode, "point": point, "died": died, "resumed": resumed, "differences": found, "output": output}
@@ -138,7 +148,11 @@ def in_child(action: Callable[[], object]) -> tuple[int, str]:
 def differences(recipe: Recipe, expected: Path, found: Path) -> list[str]:
     """Names of what a resumed run has otherwise than the uninterrupted one; clocks aside, nothing may be."""
     one, other = facts_of(expected), facts_of(found)
-    return [f"{name}: {one.get(name)!r:.300} became {other.get(name)!r:.300}" for name in sorted(one.keys() | other.keys()) if one.get(name) != other.get(name)]
+    return [
+        f"{name}: {one.get(name)!r:.300} became {other.get(name)!r:.300}"
+        for name in sorted(one.keys() | other.keys())
+        if one.get(name) != other.get(name)
+    ]
 
 
 def facts_of(directory: Path) -> dict[str, Any]:
@@ -196,4 +210,4 @@ def _bytes(path: Path) -> bytes | None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), sys.argv[2:])

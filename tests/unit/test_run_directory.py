@@ -82,7 +82,10 @@ def test_a_second_holder_of_the_lock_is_told_who_holds_it(tmp_path: Path) -> Non
     assert caught.value.code == "run-locked"
 
 
-@given(st.binary(max_size=200) | st.recursive(st.none() | st.integers() | st.text(max_size=5), st.lists, max_leaves=5).map(lambda v: json.dumps(v).encode()))
+@given(
+    st.binary(max_size=200)
+    | st.recursive(st.none() | st.integers() | st.text(max_size=5), st.lists, max_leaves=5).map(lambda v: json.dumps(v).encode())
+)
 @settings(max_examples=200)
 def test_any_bytes_in_a_file_of_the_run_are_its_content_or_an_error(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     path = tmp_path_factory.getbasetemp() / "fuzzed.json"

@@ -139,7 +139,7 @@ def _stage(recipe: Path, out: Path | None, until: str, needs: str | None = None)
 
 def _finish(run: Run) -> None:
     _out().print(view.report_page(run.report))
-    _out().print(f"Report   {run.directory / 'report.html'}\nStudent  {run.student_path}", soft_wrap=True, highlight=False)
+    _out().print(f"Report   {run.page_path}\nStudent  {run.student_path}", soft_wrap=True, highlight=False)
 
 
 def _print_json(value: object) -> None:

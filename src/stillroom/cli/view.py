@@ -150,24 +150,26 @@ def _quality(report: Report) -> RenderableType:
     quality = report.quality
     families = list(quality.teacher.families)
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("exact match", style="bold", no_wrap=True)
+    table.add_column("exact match, %", style="bold", no_wrap=True)
     table.add_column("all, 95 % interval", justify="right", no_wrap=True)
     for family in families:
-        table.add_column(family, justify="right")
+        table.add_column(family, justify="right", no_wrap=True)
     for field, name in _MODELS:
         model = getattr(quality, field)
-        per_family = [_percent(model.families[family]) if family in model.families else "" for family in families]
-        table.add_row(name, _with_interval(model.exact_match, _percent_value), *per_family)
+        per_family = [_hundredths(model.families[family].value) if family in model.families else "" for family in families]
+        table.add_row(name, _with_interval(model.exact_match, _hundredths), *per_family)
     return Group(table, Text.assemble(("gap recovered  ", "bold"), _with_interval(quality.gap_recovered, _percent_value)))
 
 
 def _fidelity(report: Report) -> RenderableType:
     fidelity = report.fidelity
-    return Text(
-        f"forward KL {_with_interval(fidelity.forward_kl_nats, lambda x: f'{x:.4f}')} nats/token   "
-        f"top-1 agreement {_with_interval(fidelity.top1_agreement, _percent_value)}   "
-        f"acceptance {_with_interval(fidelity.acceptance, _percent_value)}"
-    )
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("closeness to the teacher", style="bold", no_wrap=True)
+    table.add_column("95 % interval", overflow="fold")
+    table.add_row("forward KL, nats/token", _with_interval(fidelity.forward_kl_nats, lambda nats: f"{nats:.4f}"))
+    table.add_row("top-1 agreement", _with_interval(fidelity.top1_agreement, _percent_value))
+    table.add_row("acceptance as a draft", _with_interval(fidelity.acceptance, _percent_value))
+    return table
 
 
 def _costs(report: Report) -> RenderableType:
@@ -209,8 +211,8 @@ def _percent_value(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
-def _percent(number: Maybe) -> str:
-    return _percent_value(number.value) if isinstance(number, Number) else "absent"
+def _hundredths(value: float) -> str:
+    return f"{100 * value:.1f}"
 
 
 def _with_interval(number: Maybe, form: object) -> str:

@@ -6,18 +6,18 @@ B sequences, T positions, R scored rows, V vocabulary rows, D width.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from stillroom.core.identities import Sampling, TokenIds
 from stillroom.models.loading import body_of, head_of
 from stillroom.models.local import head_log_probs, head_top_k
 from stillroom.models.probing import Meter, Pattern, copy_of
-from stillroom.models.rollouts import decode
+from stillroom.models.rollouts import choose_tokens
 from stillroom.models.student import OptimiserSettings, adamw
 from stillroom.objectives.objective import Objective, backward_chunked
 from stillroom.targets.kinds import FullTargets, HiddenTargets, Targets, TeacherHead, TextTargets, TopKTargets
@@ -26,8 +26,7 @@ from stillroom.targets.kinds import FullTargets, HiddenTargets, Targets, Teacher
 _PROBE_TOKENS = 1024
 _PROBE_MULTIPLICATIONS = 5e8
 _PROBE_LOGITS = 2**21
-# Tokens that are written after the first, to time one of them.
-_STEPS = 4
+_PROBE_WRITERS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +47,10 @@ class ReadingCosts:
     """Those of one layer."""
     working_bytes: float
     """What lives beside weights and cache while a layer reads, for each token."""
+    distribution_bytes: float
+    """What lives of a row while its log-probabilities are made, themselves included."""
+    top_k_bytes: float
+    """The same while the most probable are picked as well."""
 
     def reading(self, tokens: float) -> float:
         """Seconds of one pass over so many tokens."""
@@ -98,51 +101,47 @@ class _AtDepths:
 
 
 def reading_costs(
-    pattern: Pattern, size: int, *, batch: int, prompt_tokens: float, temperature: float, k: int, dtype: torch.dtype, meter: Meter
+    pattern: Pattern, size: int, *, batch: int, tokens: float, temperature: float, k: int, dtype: torch.dtype, meter: Meter
 ) -> ReadingCosts:
-    """Measures decoding of up to `batch` prompts at once, by the decoder that runs use; `size` is the number of real tokens."""
-    width = _fitting_width(pattern, prompt_tokens)
-    many = _fitting_batch(pattern, batch, width)
-    timings: dict[tuple[int, int], list[float]] = {(count, tokens): [] for count in (many, 1) for tokens in (1, 1 + _STEPS)}
-    kept, peak = [], []
+    """Measures passes over prompts and steps of up to `batch` sequences with caches of `tokens` tokens; `size` is the number of real tokens."""
+    width = _fitting_width(pattern, tokens)
+    many, writers = _fitting_batch(pattern, batch, width), max(2, min(batch, _PROBE_WRITERS, _tokens_allowed(pattern)))
+    passes, one_pass, steps, one_step, kept, working = [], [], [], [], [], []
     for depth in (1, 2):
         model = copy_of(pattern, depth, dtype, meter.device)
-        _write(model, _prompts(1, width), 1, temperature)
-        peak_bytes, kept_bytes = meter.bytes(lambda model=model: _read(model, many, width))  # type: ignore[misc]
-        peak.append((peak_bytes - kept_bytes) / (many * width))
+        _read(model, many, width)
+        peak_bytes, kept_bytes = meter.bytes(partial(_read, model, many, width))
         kept.append(kept_bytes / (many * width))
-        for (count, tokens), taken in timings.items():
-            prompts = _prompts(count, width)
-            taken.append(meter.seconds(lambda model=model, prompts=prompts, tokens=tokens: _write(model, prompts, tokens, temperature)))  # type: ignore[misc]
-        rows = max(1, min(many * width, _PROBE_LOGITS // pattern.rows))
+        working.append((peak_bytes - kept_bytes) / (many * width))
+        passes.append(meter.seconds(partial(_read, model, many, width)))
+        one_pass.append(meter.seconds(partial(_read, model, 1, width)))
+        steps.append(meter.seconds(_step(model, writers, width, temperature)))
+        one_step.append(meter.seconds(_step(model, 1, width, temperature)))
     # The vocabulary's share grows with it where the copies' is cut.
     more = max(1.0, size / pattern.rows)
-    call, token = _line(_AtDepths(*timings[1, 1]).whole(pattern), _AtDepths(*timings[many, 1]).whole(pattern), 1, many)
-    steps = {count: _AtDepths(*((b - a) / _STEPS for a, b in zip(timings[count, 1], timings[count, 1 + _STEPS], strict=True))) for count in (1, many)}
-    step, each = _line(steps[1].whole(pattern, of_rest=more), steps[many].whole(pattern, of_rest=more), 1, many)
+    token = _AtDepths(*passes).whole(pattern) / (many * width)
+    alone = _AtDepths(*one_step).whole(pattern, of_rest=more)
+    # A sequence of a large batch takes no less than a token of a large pass.
+    each = max(token, (_AtDepths(*steps).whole(pattern, of_rest=more) - alone) / (writers - 1))
+    rows = max(1, min(many * width, _PROBE_LOGITS // pattern.rows))
     states_RD = torch.zeros((rows, _width(model)), device=meter.device)
     cut, kept_ids = min(size, pattern.rows), min(k, size, pattern.rows)
-    distribution = meter.seconds(lambda: head_log_probs(model, states_RD, cut, 1.0)) / rows
-    picked = meter.seconds(lambda: head_top_k(model, states_RD, cut, kept_ids, 1.0)) / rows if k else distribution
+    distribution = meter.cost(lambda: head_log_probs(model, states_RD, cut, 1.0))
+    picked = meter.cost(lambda: head_top_k(model, states_RD, cut, kept_ids, 1.0)) if k else distribution
     cache = _AtDepths(*kept)
     return ReadingCosts(
-        call_seconds=call,
-        token_seconds=token / width,
-        step_seconds=step,
+        call_seconds=max(0.0, _AtDepths(*one_pass).whole(pattern) - width * token),
+        token_seconds=token,
+        step_seconds=max(0.0, alone - each),
         each_seconds=each,
-        distribution_seconds=distribution * more * pattern.widening,
-        top_k_seconds=max(0.0, picked - distribution) * more,
+        distribution_seconds=distribution.seconds / rows * more * pattern.widening,
+        top_k_seconds=max(0.0, picked.seconds - distribution.seconds) / rows * more,
         cache_bytes=cache.layer * pattern.layers * pattern.widening,
         layer_bytes=cache.layer * pattern.widening,
-        working_bytes=peak[0] * pattern.widening,
+        working_bytes=working[0] * pattern.widening,
+        distribution_bytes=distribution.peak_bytes / rows * more,
+        top_k_bytes=picked.peak_bytes / rows * more,
     )
-
-
-def _line(at_few: float, at_many: float, few: int, many: int) -> tuple[float, float]:
-    """Intercept and slope; both at least 0, and where both points are one, no intercept."""
-    slope = (at_many - at_few) / (many - few) if many > few else at_few / few
-    slope = max(0.0, min(slope, at_few / few))
-    return max(0.0, at_few - slope * few), slope
 
 
 def _fitting_width(pattern: Pattern, tokens: float) -> int:
@@ -157,17 +156,6 @@ def _tokens_allowed(pattern: Pattern) -> int:
     return int(max(16, min(_PROBE_TOKENS, _PROBE_MULTIPLICATIONS // max(1.0, pattern.layer_parameters / pattern.scale))))
 
 
-def _prompts(count: int, width: int) -> list[TokenIds]:
-    """Every other one is shorter by a token: as in a run, there is padding, and so a mask."""
-    return [(1,) * (width - index % 2) for index in range(count)]
-
-
-def _write(model: PreTrainedModel, prompts: Sequence[TokenIds], tokens: int, temperature: float) -> object:
-    sampling = Sampling(max_new_tokens=tokens, temperature=temperature, seed=0)
-    rows = head_of(model).weight_VD.shape[0]
-    return decode(model, prompts, sampling, end_ids=frozenset(), size=rows, at_once=len(prompts), stop_at_end=False)
-
-
 @torch.inference_mode()
 def _read(model: PreTrainedModel, batch: int, width: int) -> DynamicCache:
     cache = DynamicCache(config=model.config)
@@ -175,6 +163,25 @@ def _read(model: PreTrainedModel, batch: int, width: int) -> DynamicCache:
     mask_BT[::2, 0] = 0
     body_of(model)(input_ids=torch.ones_like(mask_BT), attention_mask=mask_BT, past_key_values=cache, use_cache=True)
     return cache
+
+
+def _step(model: PreTrainedModel, batch: int, width: int, temperature: float) -> Callable[[], object]:
+    """One more token for each of `batch` sequences, as models.rollouts writes it; the cache grows with every call."""
+    cache = _read(model, 1, width)
+    cache.batch_repeat_interleave(batch)
+    generator = torch.Generator().manual_seed(0)
+    ids_B1 = torch.ones((batch, 1), dtype=torch.int64, device=model.device)
+
+    @torch.inference_mode()
+    def action() -> object:
+        mask_BT = torch.ones((batch, cache.get_seq_length() + 1), dtype=torch.int64, device=model.device)
+        mask_BT[::2, 0] = 0
+        positions_B1 = mask_BT.sum(-1, keepdim=True) - 1
+        output = model(input_ids=ids_B1, attention_mask=mask_BT, position_ids=positions_B1, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return choose_tokens(output.logits[:, -1], temperature, generator).tolist()
+
+    action()
+    return action
 
 
 # --- learning ---------------------------------------------------------------------------------------------------------------------------
@@ -197,14 +204,14 @@ def learning_costs(
     """Measures forward and backward through the body, through the head with the objective, and an optimiser step."""
     width = _fitting_width(pattern, tokens)
     batch = _fitting_batch(pattern, micro_batch, width)
-    seconds, few_seconds, kept, working = [], [], [], []
+    passes, one_pass, kept, working = [], [], [], []
     for depth in (1, 2):
         model = copy_of(pattern, depth, torch.float32, meter.device)
         _learn(model, batch, width, dtype)
-        seconds.append(meter.seconds(lambda model=model: _learn(model, batch, width, dtype)))  # type: ignore[misc]
-        few_seconds.append(meter.seconds(lambda model=model: _learn(model, 1, width, dtype)))  # type: ignore[misc]
-        peak_bytes, _ = meter.bytes(lambda model=model: _learn(model, batch, width, dtype))  # type: ignore[misc]
-        _, kept_bytes = meter.bytes(lambda model=model: _learning(model, batch, width, dtype))  # type: ignore[misc]
+        peak_bytes, _ = meter.bytes(partial(_learn, model, batch, width, dtype))
+        _, kept_bytes = meter.bytes(partial(_learning, model, batch, width, dtype))
+        passes.append(meter.seconds(partial(_learn, model, batch, width, dtype)))
+        one_pass.append(meter.seconds(partial(_learn, model, 1, width, dtype)))
         kept.append(kept_bytes / (batch * width))
         working.append((peak_bytes - kept_bytes) / (batch * width))
     more = max(1.0, size / pattern.rows)
@@ -212,10 +219,10 @@ def learning_costs(
     through_head = _head_and_back(model, objective, kind, min(k, pattern.rows), teacher_width, rows, min(size, pattern.rows), dtype)
     through_head()
     head = meter.cost(through_head)
-    call, token = _line(_AtDepths(*few_seconds).whole(pattern), _AtDepths(*seconds).whole(pattern), 1, batch)
+    token = _AtDepths(*passes).whole(pattern) / (batch * width)
     return LearningCosts(
-        call_seconds=call,
-        token_seconds=token / width,
+        call_seconds=max(0.0, _AtDepths(*one_pass).whole(pattern) - width * token),
+        token_seconds=token,
         row_seconds=head.seconds / rows * more,
         parameter_seconds=_optimiser_seconds(model, meter),
         kept_bytes=_AtDepths(*kept).whole(pattern) * pattern.widening,

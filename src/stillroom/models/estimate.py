@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import time
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -43,8 +43,9 @@ _BASE_BYTES = 5e6  # a run of two dozen prompts
 _PROMPT_BYTES = 350  # a prompt that is loaded
 _COLLECTED_BYTES = 3_000  # its line in collect.jsonl, ledger entries and place in the transfer set, while they are made
 _RECORD_BYTES, _TOKEN_BYTES = 1_500, 36  # a record and each of its tokens, while training
-# Resident bytes for each byte of live tensors: what the allocator keeps between blocks.
-_RESIDENT = 1.1
+# Blocks of up to 32 MiB come from glibc's heap, where blocks of other sizes leave gaps: resident over live bytes, measured at the peaks of training with
+# batches of varying width (demo 1.28, live 1.32, deep 1.32). Larger ones are mapped by themselves and leave none.
+_HEAP_BLOCK_BYTES, _RESIDENT = 2**25, 1.3
 
 # As in runs.collecting: prompts that are answered and stored together.
 _PART = 512
@@ -95,6 +96,7 @@ class Workload:
     steps: int
     sequences_per_step: int
     micro_batch: int
+    length_window: int
     rows_per_chunk: int
     validation_fraction: float
     validate_every: int
@@ -161,7 +163,7 @@ def measure(work: Workload) -> Measured:
                 teacher,
                 work.size,
                 batch=min(work.teacher_at_once, work.prompts),
-                prompt_tokens=work.prompt_mean + answer / 2,
+                tokens=work.prompt_mean + answer / 2,
                 temperature=work.sampling_temperature if work.written else 0.0,
                 k=k,
                 dtype=work.dtype,
@@ -171,7 +173,7 @@ def measure(work: Workload) -> Measured:
                 student,
                 work.size,
                 batch=min(work.teacher_at_once, max(work.items, _TIMED_BATCH)),
-                prompt_tokens=work.prompt_mean + answer / 2,
+                tokens=work.prompt_mean + answer / 2,
                 temperature=0.0,
                 k=0,
                 dtype=work.dtype,
@@ -232,7 +234,7 @@ class _Seconds:
     def train(self) -> float:
         work = self.work
         sequences = work.sequences_per_step
-        step = self._micro_steps(work.whole_tokens, sequences, work.micro_batch) + self._optimiser()
+        step = self._micro_steps(sequences, work.micro_batch, work.length_window) + self._optimiser()
         if work.live and work.target_kind != "text":
             step += self._targets(sequences)
         validated = work.validation_fraction * work.prompts
@@ -246,7 +248,7 @@ class _Seconds:
         records = max(1.0, section.pairs * (1 - section.validation_fraction))
         sequences = min(work.sequences_per_step, records)
         steps = min(work.steps, section.patience * section.validate_every + _LABEL_ONLY_EPOCHS * records / sequences)
-        step = self._micro_steps(work.whole_tokens, sequences, min(work.micro_batch, sequences)) + self._optimiser()
+        step = self._micro_steps(sequences, min(work.micro_batch, sequences), 1) + self._optimiser()
         validations = steps / section.validate_every
         # Each validation that improves on those before publishes its weights.
         saved = max(0.0, validations - section.patience) + steps / work.checkpoint_every
@@ -265,9 +267,9 @@ class _Seconds:
         """`prompts` prompts are answered, `together` of them sorted by length into batches."""
         groups = math.ceil(together / self.work.teacher_at_once)
         batch = together / groups
-        steps, batch_steps = _written_tokens(self.work.answer_tokens, batch)
+        active = _active(self.work.answer_tokens, batch)
         widths = _widths(sorted(lengths), together, groups)
-        return prompts / together * sum(model.writing(batch, width, steps, batch_steps) for width in widths)
+        return prompts / together * sum(model.writing(batch, width, len(active), sum(active)) for width in widths)
 
     def _targets(self, sequences: float) -> float:
         """The teacher's targets for so many sequences."""
@@ -282,11 +284,12 @@ class _Seconds:
         widths = _widths(work.whole_tokens, min(sequences, work.teacher_at_once * groups), groups)
         return sum(model.reading(sequences / groups * width) for width in widths)
 
-    def _micro_steps(self, lengths: Sequence[int], sequences: float, micro_batch: float) -> float:
-        """Forward and backward of one optimiser step: sorted by length, cut into micro-batches, each as wide as its longest."""
+    def _micro_steps(self, sequences: float, micro_batch: float, window: int) -> float:
+        """Forward and backward of one optimiser step: the steps of a window are sorted by length and cut into micro-batches as wide as their longest."""
         learning = self.found.learning
         count = math.ceil(sequences / micro_batch)
-        tokens = sum(sequences / count * width for width in _widths(lengths, sequences, count))
+        widths = _widths(self.work.whole_tokens, sequences * window, count * window)
+        tokens = sequences * sum(widths) / len(widths)
         rows = sequences * self.work.answer_mean
         return count * learning.call_seconds + tokens * learning.token_seconds + rows * learning.row_seconds + self._batches(sequences)
 
@@ -339,17 +342,16 @@ def _widths(ascending: Sequence[int], sequences: float, groups: int) -> list[flo
     return [float(ascending[min(n - 1, max(0, math.ceil(end * sequences / (sequences + 1) * n) - 1))]) for end in ends]
 
 
-def _written_tokens(answers: Sequence[int], batch: float) -> tuple[int, float]:
-    """Decoding steps until the longest answer of a batch ends, and the sequences that take part in them, summed over steps."""
+def _active(answers: Sequence[int], batch: float) -> list[float]:
+    """Sequences that take part in each decoding step, until the longest answer of a batch ends."""
     ascending = sorted(answers)
-    longest = int(_widths(ascending, batch, 1)[0])
-    active, total = batch, 0.0
-    for step in range(longest):
-        going = batch * sum(length > step for length in ascending) / len(ascending)
+    active, taking_part = batch, []
+    for step in range(int(_widths(ascending, batch, 1)[0])):
+        going = batch * (len(ascending) - bisect_right(ascending, step)) / len(ascending)
         if going < _SHRINK_BELOW * active:
             active = max(1.0, going)
-        total += active
-    return longest, total
+        taking_part.append(active)
+    return taking_part
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------------------------
@@ -379,7 +381,7 @@ class _Bytes:
         # The states of a part, and the same laid end to end; then what is kept of them, as records, columns and file.
         scoring = states + max(states, batch * self._longest() * teacher.working_bytes)
         if work.target_kind == "top_k":
-            scoring = max(scoring, states + 3 * min(rows * work.size, VALUES_AT_ONCE) * 4 + rows * work.row_bytes)
+            scoring = max(scoring, states + min(rows, max(1, VALUES_AT_ONCE // work.size)) * teacher.top_k_bytes + rows * work.row_bytes)
         if work.live or work.target_kind == "text":
             scoring = 0.0
         storing = 5 * rows * work.row_bytes if self.on_cpu else 0.0
@@ -394,8 +396,11 @@ class _Bytes:
         micro_steps = math.ceil(work.sequences_per_step / work.micro_batch)
         tokens = work.micro_batch * self._longest()
         rows = work.micro_batch * work.answer_mean
-        kept, working = tokens * learning.kept_bytes, tokens * learning.working_bytes
-        chunk = min(rows, work.rows_per_chunk) * learning.row_bytes
+        # The feed-forward layer's are the largest blocks of a body, the logits those of a head.
+        block = tokens * _feed_forward(work.student) * 4
+        kept, working = (self._resident(tokens * each, block) for each in (learning.kept_bytes, learning.working_bytes))
+        chunk_rows = min(rows, work.rows_per_chunk)
+        chunk = self._resident(chunk_rows * learning.row_bytes, chunk_rows * work.size * 4)
         targets = rows * self._target_bytes()
         # With one micro-batch, gradients come to be as what was kept for them goes.
         before, after = (weights, weights) if micro_steps > 1 else (0.0, weights)
@@ -420,9 +425,12 @@ class _Bytes:
         # Both models' distributions over a chunk of sequences, as fidelity holds them, one of them in the making.
         sequences = max(1.0, min(work.teacher_at_once, VALUES_AT_ONCE // (longest * work.size)))
         rows = sequences * work.answer_mean
-        making = rows * work.size * 4 * 4 + rows * int(work.teacher.hidden_size) * 8
+        making = rows * (work.size * 4 + student.distribution_bytes)
         comparing = 2 * rows * work.size * 4 + 7 * min(rows * work.size, COMPARED_AT_ONCE) * 8
-        reading = sequences * self._longest() * max(teacher.working_bytes, student.working_bytes)
+        tokens = sequences * self._longest()
+        reading = self._resident(
+            tokens * max(teacher.working_bytes, student.working_bytes), tokens * max(_feed_forward(work.teacher), _feed_forward(work.student)) * 4
+        )
         tensors = self.teacher + weights + max(writing, making, comparing, reading, work.mapped_bytes if self.on_cpu else 0)
         files = 0.0 if work.items else self._mapped()
         return self._process(tensors, files + (self.head if self.rows_stored else 0) + work.items * 4 * _RECORD_BYTES)
@@ -431,12 +439,14 @@ class _Bytes:
         return self.work.whole_tokens[-1]
 
     def _writing(self, model: ReadingCosts, batch: float, temperature: float) -> float:
-        """The cache of a batch when its answers are longest, and a layer at work; sampling noise is a few times the logits."""
+        """The cache of a batch when it is largest, and a layer at work on it; sampling noise is a few times the logits."""
         work = self.work
-        reading = batch * self.longest_prompt * model.working_bytes
-        whole = batch * (self.longest_prompt + self.longest_answer)
+        taking_part = _active(work.answer_tokens, batch)
+        cached = max(active * (self.longest_prompt + step + 1) for step, active in enumerate(taking_part))
+        reading = batch * self.longest_prompt * (model.cache_bytes + model.working_bytes)
         logits = batch * work.size * (4 * 5 if temperature > 0 else self.element)
-        return whole * model.cache_bytes + max(reading, 2 * whole * model.layer_bytes, logits)
+        writing = cached * model.cache_bytes + max(2 * cached * model.layer_bytes, logits)
+        return self._resident(max(reading, writing), batch * self.longest_prompt * model.layer_bytes / 2)
 
     def _target_bytes(self) -> float:
         """Of one scored row in a batch, while it is gathered or made."""
@@ -446,5 +456,13 @@ class _Bytes:
         """The store's files: verified byte by byte when it is opened, so all of them are in memory."""
         return self.rows_stored * self.work.row_bytes
 
+    def _resident(self, live: float, block: float) -> float:
+        """What live tensors take of the process when they are made of blocks of such a size."""
+        return live * _RESIDENT if self.on_cpu and block <= _HEAP_BLOCK_BYTES else live
+
     def _process(self, tensors: float, others: float) -> float:
-        return tensors * _RESIDENT + others + self.prompt_bytes + _BASE_BYTES if self.on_cpu else tensors
+        return tensors + others + self.prompt_bytes + _BASE_BYTES if self.on_cpu else tensors
+
+
+def _feed_forward(config: PretrainedConfig) -> int:
+    return int(getattr(config, "intermediate_size", None) or 4 * config.hidden_size)

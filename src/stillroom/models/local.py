@@ -136,6 +136,7 @@ def head_top_k(
         tails.append(log_probs_RV.scatter(-1, ids_RK, -torch.inf).logsumexp(-1))
         ids.append(ids_RK.to(torch.int32))
         kept.append(log_probs_RK)
+        del log_probs_RV  # or it would live beside the next one
     return torch.cat(ids), torch.cat(kept), torch.cat(tails)
 
 

@@ -25,7 +25,7 @@ from stillroom.models.loading import config_from_teacher, skeleton_of
 HEAD_NUMBERS = 2**23
 # Two layers may take this share of the memory that is free; of wider models a narrower stand-in is probed.
 _SHARE_OF_FREE_MEMORY = 0.25
-_REPEATS = 5
+_LEAST_REPEATS, _REPEATS = 3, 6
 _SECONDS_OF_REPEATS = 0.05
 
 
@@ -69,7 +69,7 @@ class Meter:
     def seconds(self, action: Callable[[], object]) -> float:
         """The fastest of a few runs."""
         taken: list[float] = []
-        while len(taken) < 2 or (len(taken) < _REPEATS and sum(taken) < _SECONDS_OF_REPEATS):
+        while len(taken) < _LEAST_REPEATS or (len(taken) < _REPEATS and sum(taken) < _SECONDS_OF_REPEATS):
             self._wait()
             began = time.perf_counter()
             action()
@@ -90,7 +90,7 @@ class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the tensors that are made inside, on one kind of device, for as long as each lives: `now`, and `peak`, their maximum."""
 
     def __init__(self, device: torch.device) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._device = device
         self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
@@ -119,12 +119,13 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _address(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    address: int = tensor.untyped_storage()._cdata
+    return address
 
 
 @contextmanager
 def as_in_a_run(threads: int) -> Iterator[None]:
-    """torch as a run sets it: so many threads, deterministic algorithms. Everything, the generator too, is as before afterwards."""
+    """Torch as a run sets it: so many threads, deterministic algorithms. Everything, the generator too, is as before afterwards."""
     threads_before = torch.get_num_threads()
     deterministic, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.set_num_threads(threads)
@@ -166,7 +167,13 @@ def pattern_of(config: PretrainedConfig, parameters: int, dtype: torch.dtype, de
     stand_in = LlamaConfig(vocab_size=min(small, 256), hidden_size=1024, intermediate_size=3072, num_hidden_layers=2, num_attention_heads=8)
     narrow = _parameters(_cut(stand_in, 2, 256)) - _parameters(_cut(stand_in, 1, 256))
     return Pattern(
-        config=stand_in, layers=layers, rows=stand_in.vocab_size, parameters=parameters, layer_parameters=each, scale=each / narrow, widening=width / 1024
+        config=stand_in,
+        layers=layers,
+        rows=stand_in.vocab_size,
+        parameters=parameters,
+        layer_parameters=each,
+        scale=each / narrow,
+        widening=width / 1024,
     )
 
 
@@ -176,7 +183,8 @@ def copy_of(pattern: Pattern, depth: int, dtype: torch.dtype, device: torch.devi
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=dtype)
     assert isinstance(model, PreTrainedModel)
-    model = model.to_empty(device=device).eval()
+    torch.nn.Module.to_empty(model, device=device)
+    model.eval()
     # Small and not all alike: no number is so small that arithmetic with it is slow, and experts are chosen as by chance.
     noise = 0.02 * torch.randn(2**16 + 1, generator=torch.Generator().manual_seed(0)).to(device)
     with torch.no_grad():

@@ -69,7 +69,7 @@ def _decode_group(
         logits_BV = output.logits[:, -1, :size]
         if transform is not None:
             logits_BV = transform(context_BT, logits_BV)
-        next_B = _choose(logits_BV, sampling.temperature, generator)
+        next_B = choose_tokens(logits_BV, sampling.temperature, generator)
         for slot, token in zip(active, next_B.tolist(), strict=True):
             if not (written[slot] and written[slot][-1] in end_ids):
                 written[slot].append(token)
@@ -92,7 +92,7 @@ def _decode_group(
     return [tuple(tokens) for tokens in written]
 
 
-def _choose(logits_BV: torch.Tensor, temperature: float, generator: torch.Generator) -> torch.Tensor:
+def choose_tokens(logits_BV: torch.Tensor, temperature: float, generator: torch.Generator) -> torch.Tensor:
     """The most probable token at temperature 0, else a draw; draws use CPU noise, so that they are the same on every device."""
     if temperature == 0.0:
         return logits_BV.argmax(-1)

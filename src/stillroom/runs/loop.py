@@ -221,9 +221,11 @@ class Loop:
     def _validate(self) -> None:
         if not self.validation:
             return
+        # What fits with its gradient fits without.
+        at_once = min(_SCORED_AT_ONCE, self.progress.micro_batch)
         parts = [
-            self.student.score(self.source.batch(self.validation[start : start + _SCORED_AT_ONCE]), self.objective)
-            for start in range(0, len(self.validation), _SCORED_AT_ONCE)
+            self.student.score(self.source.batch(self.validation[start : start + at_once]), self.objective)
+            for start in range(0, len(self.validation), at_once)
         ]
         sums = _added(parts)
         if sums.scored_tokens == 0:

@@ -436,6 +436,7 @@ class _Planner:
             steps=steps,
             sequences_per_step=training.sequences_per_step,
             micro_batch=hardware.micro_batch,
+            length_window=training.length_window,
             rows_per_chunk=training.rows_per_chunk,
             validation_fraction=training.validation_fraction,
             validate_every=training.validate_every,

@@ -53,7 +53,7 @@ def test_a_directory_that_holds_only_inputs_is_free(tmp_path: Path) -> None:
 def test_the_state_is_that_of_the_last_stage_whose_files_are_all_there(tmp_path: Path) -> None:
     run = _begun(tmp_path)
     seen = [run.state]
-    for path in (run.env_path, run.transfer_set_path, run.trained_path, run.evaluated_path, run.report_path):
+    for path in (run.env_path, run.transfer_set_path, run.trained_path, run.evaluated_path, run.page_path):
         path.parent.mkdir(exist_ok=True)
         path.write_text("{}")
         seen.append(run.state)

@@ -62,8 +62,8 @@ SHAPES = {
         targets={"kind": "top_k", "k": 64}, steps=40, sequences_per_step=64,
     ),
     "deep": Shape(
-        prompts=768, prompt=(40, 80), answer=24, max_new_tokens=64, rows=2_048, teacher=(6, 512, 1024), student=(8, 384, 1024),
-        targets={"kind": "hidden"}, steps=12, sequences_per_step=32,
+        prompts=512, prompt=(24, 48), answer=12, max_new_tokens=32, rows=2_048, teacher=(4, 256, 768), student=(8, 384, 1024),
+        targets={"kind": "hidden"}, steps=16, sequences_per_step=32,
     ),
     "live": Shape(
         prompts=512, prompt=(8, 40), answer=16, max_new_tokens=48, rows=4_096, teacher=(4, 384, 768), student=(3, 192, 512),
@@ -252,7 +252,9 @@ def _teacher(shape: Shape, directory: Path) -> None:
     """Random weights under which every token is about as likely as any other, so that drawn answers end by chance."""
     import torch
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     layers, width, feed_forward = shape.teacher
     config = LlamaConfig(
         vocab_size=shape.rows, hidden_size=width, intermediate_size=feed_forward, num_hidden_layers=layers, num_attention_heads=width // 32,

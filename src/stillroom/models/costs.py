@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -16,7 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from stillroom.models.loading import body_of, head_of
 from stillroom.models.local import head_log_probs, head_top_k
-from stillroom.models.probing import Meter, Pattern, copy_of
+from stillroom.models.probing import Cost, Meter, Pattern, copy_of
 from stillroom.models.rollouts import choose_tokens
 from stillroom.models.student import OptimiserSettings, adamw
 from stillroom.objectives.objective import Objective, backward_chunked
@@ -73,8 +73,12 @@ class LearningCosts:
     """What is kept of one token, in all layers, until the backward pass has used it."""
     working_bytes: float
     """What lives beside that, for each token, while one layer goes back."""
+    fixed_bytes: float
+    """What is kept and lives whatever the number of tokens."""
     row_bytes: float
     """What lives of one row of a chunk while it goes through head, objective and back."""
+    head_bytes: float
+    """What lives besides, whatever the number of rows: the head's gradient before it is added."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,42 +110,52 @@ def reading_costs(
     """Measures passes over prompts and steps of up to `batch` sequences with caches of `tokens` tokens; `size` is the number of real tokens."""
     width = _fitting_width(pattern, tokens)
     many, writers = _fitting_batch(pattern, batch, width), max(2, min(batch, _PROBE_WRITERS, _tokens_allowed(pattern)))
-    passes, one_pass, steps, one_step, kept, working = [], [], [], [], [], []
-    for depth in (1, 2):
-        model = copy_of(pattern, depth, dtype, meter.device)
-        _read(model, many, width)
-        peak_bytes, kept_bytes = meter.bytes(partial(_read, model, many, width))
-        kept.append(kept_bytes / (many * width))
-        working.append((peak_bytes - kept_bytes) / (many * width))
-        passes.append(meter.seconds(partial(_read, model, many, width)))
-        one_pass.append(meter.seconds(partial(_read, model, 1, width)))
-        steps.append(meter.seconds(_step(model, writers, width, temperature)))
-        one_step.append(meter.seconds(_step(model, 1, width, temperature)))
+    depths = [_read_at(copy_of(pattern, depth, dtype, meter.device), many, writers, width, temperature, meter) for depth in (1, 2)]
+    passes, one_pass, steps, one_step, kept, working = (_AtDepths(one, two) for one, two in zip(*depths, strict=True))
     # The vocabulary's share grows with it where the copies' is cut.
-    more = max(1.0, size / pattern.rows)
-    token = _AtDepths(*passes).whole(pattern) / (many * width)
-    alone = _AtDepths(*one_step).whole(pattern, of_rest=more)
+    more = max(1.0, size / pattern.rows) * pattern.widening
+    token = passes.whole(pattern) / (many * width)
+    alone = one_step.whole(pattern, of_rest=more)
     # A sequence of a large batch takes no less than a token of a large pass.
-    each = max(token, (_AtDepths(*steps).whole(pattern, of_rest=more) - alone) / (writers - 1))
-    rows = max(1, min(many * width, _PROBE_LOGITS // pattern.rows))
-    states_RD = torch.zeros((rows, _width(model)), device=meter.device)
-    cut, kept_ids = min(size, pattern.rows), min(k, size, pattern.rows)
-    distribution = meter.cost(lambda: head_log_probs(model, states_RD, cut, 1.0))
-    picked = meter.cost(lambda: head_top_k(model, states_RD, cut, kept_ids, 1.0)) if k else distribution
-    cache = _AtDepths(*kept)
+    each = max(token, (steps.whole(pattern, of_rest=more) - alone) / (writers - 1))
+    distribution, picked = _distributions(pattern, size, k, dtype, meter)
     return ReadingCosts(
-        call_seconds=max(0.0, _AtDepths(*one_pass).whole(pattern) - width * token),
+        call_seconds=max(0.0, one_pass.whole(pattern) - width * token),
         token_seconds=token,
         step_seconds=max(0.0, alone - each),
         each_seconds=each,
-        distribution_seconds=distribution.seconds / rows * more * pattern.widening,
-        top_k_seconds=max(0.0, picked.seconds - distribution.seconds) / rows * more,
-        cache_bytes=cache.layer * pattern.layers * pattern.widening,
-        layer_bytes=cache.layer * pattern.widening,
-        working_bytes=working[0] * pattern.widening,
-        distribution_bytes=distribution.peak_bytes / rows * more,
-        top_k_bytes=picked.peak_bytes / rows * more,
+        distribution_seconds=distribution.seconds * more,
+        top_k_seconds=max(0.0, picked.seconds - distribution.seconds) * more,
+        cache_bytes=kept.layer * pattern.layers * pattern.widening,
+        layer_bytes=kept.layer * pattern.widening,
+        working_bytes=working.one * pattern.widening,
+        distribution_bytes=distribution.peak_bytes * more / pattern.widening,
+        top_k_bytes=picked.peak_bytes * more / pattern.widening,
     )
+
+
+def _read_at(model: PreTrainedModel, many: int, writers: int, width: int, temperature: float, meter: Meter) -> tuple[float, ...]:
+    """Seconds of a pass over many prompts and over one, and of a step of many writers and of one; a token's cache, and what lives beside it."""
+    _read(model, many, width)
+    peak_bytes, kept_bytes = meter.bytes(partial(_read, model, many, width))
+    return (
+        meter.seconds(partial(_read, model, many, width)),
+        meter.seconds(partial(_read, model, 1, width)),
+        meter.seconds(_step(model, writers, width, temperature)),
+        meter.seconds(_step(model, 1, width, temperature)),
+        kept_bytes / (many * width),
+        (peak_bytes - kept_bytes) / (many * width),
+    )
+
+
+def _distributions(pattern: Pattern, size: int, k: int, dtype: torch.dtype, meter: Meter) -> tuple[Cost, Cost]:
+    """What one row of log-probabilities takes, and with the most probable picked; over the copies' part of the vocabulary."""
+    model = copy_of(pattern, 1, dtype, meter.device)
+    rows, size = _PROBE_LOGITS // pattern.rows, min(size, pattern.rows)
+    states_RD = torch.zeros((rows, _width(model)), device=meter.device)
+    distribution = meter.cost(lambda: head_log_probs(model, states_RD, size, 1.0))
+    picked = meter.cost(lambda: head_top_k(model, states_RD, size, min(k, size), 1.0)) if k else distribution
+    return distribution.per(rows), picked.per(rows)
 
 
 def _fitting_width(pattern: Pattern, tokens: float) -> int:
@@ -153,16 +167,24 @@ def _fitting_batch(pattern: Pattern, batch: int, width: int) -> int:
 
 
 def _tokens_allowed(pattern: Pattern) -> int:
-    return int(max(16, min(_PROBE_TOKENS, _PROBE_MULTIPLICATIONS // max(1.0, pattern.layer_parameters / pattern.scale))))
+    return int(max(16, min(_PROBE_TOKENS, _PROBE_MULTIPLICATIONS // max(1.0, pattern.layer_parameters))))
 
 
 @torch.inference_mode()
 def _read(model: PreTrainedModel, batch: int, width: int) -> DynamicCache:
     cache = DynamicCache(config=model.config)
-    mask_BT = torch.ones((batch, width), dtype=torch.int64, device=model.device)
-    mask_BT[::2, 0] = 0
-    body_of(model)(input_ids=torch.ones_like(mask_BT), attention_mask=mask_BT, past_key_values=cache, use_cache=True)
+    ids_BT = torch.ones((batch, width), dtype=torch.int64, device=model.device)
+    body_of(model)(input_ids=ids_BT, attention_mask=_mask(batch, width, model.device), past_key_values=cache, use_cache=True)
     return cache
+
+
+def _mask(batch: int, width: int, device: torch.device) -> torch.Tensor | None:
+    """As in a run, prompts of a batch differ in length: every other one is shorter by a token. One alone needs no mask."""
+    if batch == 1:
+        return None
+    mask_BT = torch.ones((batch, width), dtype=torch.int64, device=device)
+    mask_BT[::2, 0] = 0
+    return mask_BT
 
 
 def _step(model: PreTrainedModel, batch: int, width: int, temperature: float) -> Callable[[], object]:
@@ -174,9 +196,8 @@ def _step(model: PreTrainedModel, batch: int, width: int, temperature: float) ->
 
     @torch.inference_mode()
     def action() -> object:
-        mask_BT = torch.ones((batch, cache.get_seq_length() + 1), dtype=torch.int64, device=model.device)
-        mask_BT[::2, 0] = 0
-        positions_B1 = mask_BT.sum(-1, keepdim=True) - 1
+        mask_BT = _mask(batch, cache.get_seq_length() + 1, model.device)
+        positions_B1 = None if mask_BT is None else mask_BT.sum(-1, keepdim=True) - 1
         output = model(input_ids=ids_B1, attention_mask=mask_BT, position_ids=positions_B1, past_key_values=cache, use_cache=True, logits_to_keep=1)
         return choose_tokens(output.logits[:, -1], temperature, generator).tolist()
 
@@ -204,30 +225,52 @@ def learning_costs(
     """Measures forward and backward through the body, through the head with the objective, and an optimiser step."""
     width = _fitting_width(pattern, tokens)
     batch = _fitting_batch(pattern, micro_batch, width)
-    passes, one_pass, kept, working = [], [], [], []
-    for depth in (1, 2):
-        model = copy_of(pattern, depth, torch.float32, meter.device)
-        _learn(model, batch, width, dtype)
-        peak_bytes, _ = meter.bytes(partial(_learn, model, batch, width, dtype))
-        _, kept_bytes = meter.bytes(partial(_learning, model, batch, width, dtype))
-        passes.append(meter.seconds(partial(_learn, model, batch, width, dtype)))
-        one_pass.append(meter.seconds(partial(_learn, model, 1, width, dtype)))
-        kept.append(kept_bytes / (batch * width))
-        working.append((peak_bytes - kept_bytes) / (batch * width))
+    depths = [_learn_at(copy_of(pattern, depth, torch.float32, meter.device), batch, width, dtype, meter) for depth in (1, 2)]
+    passes, one_pass, optimiser, kept, kept_always, beside, beside_always = (_AtDepths(one, two) for one, two in zip(*depths, strict=True))
+    of_states = replace(pattern, scale=1.0)  # the bytes of a layer's states do not grow with its parameters
+    model = copy_of(pattern, 1, torch.float32, meter.device)
+    rows = max(2, min(rows_per_chunk, _PROBE_LOGITS // pattern.rows))
+    through_head = partial(_head_and_back, model, objective, kind, min(k, pattern.rows), teacher_width, min(size, pattern.rows), dtype)
+    through_head(rows)()  # from now on there is a gradient to add to
+    half_peak_bytes, _ = meter.bytes(through_head(rows // 2))
+    head = meter.cost(through_head(rows))
+    row_bytes = (head.peak_bytes - half_peak_bytes) / (rows - rows // 2)
     more = max(1.0, size / pattern.rows)
-    rows = max(1, min(rows_per_chunk, batch * width, _PROBE_LOGITS // pattern.rows))
-    through_head = _head_and_back(model, objective, kind, min(k, pattern.rows), teacher_width, rows, min(size, pattern.rows), dtype)
-    through_head()
-    head = meter.cost(through_head)
-    token = _AtDepths(*passes).whole(pattern) / (batch * width)
+    token = passes.whole(pattern) / (batch * width)
     return LearningCosts(
-        call_seconds=max(0.0, _AtDepths(*one_pass).whole(pattern) - width * token),
+        call_seconds=max(0.0, one_pass.whole(pattern) - width * token),
         token_seconds=token,
-        row_seconds=head.seconds / rows * more,
-        parameter_seconds=_optimiser_seconds(model, meter),
-        kept_bytes=_AtDepths(*kept).whole(pattern) * pattern.widening,
-        working_bytes=max(0.0, min(working)) * pattern.widening,
-        row_bytes=head.peak_bytes / rows * more,
+        row_seconds=head.seconds / rows * more * pattern.widening,
+        parameter_seconds=optimiser.two,
+        kept_bytes=kept.whole(of_states) * pattern.widening,
+        working_bytes=max(0.0, beside.one, beside.two) * pattern.widening,
+        fixed_bytes=kept_always.whole(pattern) + max(0.0, beside_always.one, beside_always.two) * pattern.scale,
+        row_bytes=row_bytes * more,
+        head_bytes=max(0.0, head.peak_bytes - row_bytes * rows) * more * pattern.widening,
+    )
+
+
+def _learn_at(model: PreTrainedModel, batch: int, width: int, dtype: torch.dtype, meter: Meter) -> tuple[float, ...]:
+    """Seconds of a micro-batch and of one sequence, and of the optimiser for each parameter; then bytes: kept of each token and whatever their number
+    (weights in another dtype), and what lives beside them, likewise (a layer's gradient before it is added).
+    """
+    _learn(model, batch, width, dtype)
+    kept, beside = [], []
+    for tokens in (width // 2, width):
+        peak_bytes, _ = meter.bytes(partial(_learn, model, batch, tokens, dtype))
+        _, kept_bytes = meter.bytes(partial(_learning, model, batch, tokens, dtype))
+        kept.append(kept_bytes)
+        beside.append(peak_bytes - kept_bytes)
+    more = batch * (width - width // 2)
+    kept_each, beside_each = ((two - one) / more for one, two in (kept, beside))
+    return (
+        meter.seconds(partial(_learn, model, batch, width, dtype)),
+        meter.seconds(partial(_learn, model, 1, width, dtype)),
+        _optimiser_seconds(model, meter),
+        kept_each,
+        kept[1] - kept_each * batch * width,
+        beside_each,
+        beside[1] - beside_each * batch * width,
     )
 
 
@@ -248,7 +291,7 @@ def _arithmetic(model: PreTrainedModel, dtype: torch.dtype) -> torch.autocast | 
 
 
 def _head_and_back(
-    model: PreTrainedModel, objective: Objective, kind: str, k: int, teacher_width: int, rows: int, size: int, dtype: torch.dtype
+    model: PreTrainedModel, objective: Objective, kind: str, k: int, teacher_width: int, size: int, dtype: torch.dtype, rows: int
 ) -> Callable[[], object]:
     states_RD = torch.full((rows, _width(model)), 0.01, device=model.device)
     targets = _targets(kind, rows, size, k, teacher_width, objective.match_temperature, model.device)

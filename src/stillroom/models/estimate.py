@@ -11,16 +11,20 @@ import hashlib
 import json
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import torch
-from transformers import PretrainedConfig
 
 from stillroom.models.costs import LearningCosts, ReadingCosts, learning_costs, reading_costs
 from stillroom.models.local import COMPARED_AT_ONCE, VALUES_AT_ONCE
-from stillroom.models.probing import Meter, as_in_a_run, pattern_of
+from stillroom.models.probing import Meter, Outline, Pattern, as_in_a_run, pattern_of, stand_in
 from stillroom.objectives.objective import Objective
+
+C = TypeVar("C")
 
 # --- time: seconds of Python on a machine that runs `_python_seconds` in _REFERENCE_SECONDS; found with /proc and process_time on models of one layer
 # and 32 numbers, on an idle core of the machine named in benchmarks/results/*-plan_accuracy.json.
@@ -34,7 +38,7 @@ _CHILD_SECONDS = 5.0  # a process that imports torch and transformers; evaluatio
 _COMPARED_SECONDS = 3.5e-8  # two probabilities in float64: forward KL, agreement, acceptance
 _WRITTEN_BYTES_A_SECOND = 3e8  # a checkpoint
 # What evals.cost measures with.
-_TIMED_ANSWERS, _TIMED_TOKENS, _TIMED_REPEATS, _TIMED_BATCH, _CHILD_ANSWERS = 101, 24, 8, 32, 32
+_TIMED_ANSWERS, _TIMED_TOKENS, _TIMED_REPEATS, _TIMED_BATCH, _CHILD_ANSWERS = 100, 24, 8, 32, 32
 # Epochs after which a baseline on few labels was at its best: the demo, seed 0, 80 steps of 128 on 400 pairs.
 _LABEL_ONLY_EPOCHS = 25
 
@@ -43,9 +47,11 @@ _BASE_BYTES = 5e6  # a run of two dozen prompts
 _PROMPT_BYTES = 350  # a prompt that is loaded
 _COLLECTED_BYTES = 3_000  # its line in collect.jsonl, ledger entries and place in the transfer set, while they are made
 _RECORD_BYTES, _TOKEN_BYTES = 1_500, 36  # a record and each of its tokens, while training
-# Blocks of up to 32 MiB come from glibc's heap, where blocks of other sizes leave gaps: resident over live bytes, measured at the peaks of training with
-# batches of varying width (demo 1.28, live 1.32, deep 1.32). Larger ones are mapped by themselves and leave none.
-_HEAP_BLOCK_BYTES, _RESIDENT = 2**25, 1.3
+# Blocks of up to 32 MiB come from glibc's heap, where blocks of other sizes leave gaps; larger ones are mapped by themselves and leave none. Resident over
+# live bytes at the peaks of stages, by VmHWM and LiveBytes: learning 1.7 (demo), 1.6 (wide), 1.5 (live), 1.4 (deep); reading and writing 1.1 to 2.1, the
+# same batch in a fresh process or after others; 1.0 with every block mapped, which is 40 % slower. When large blocks follow, 0.45 to 0.6 of such a heap is
+# still there (wide).
+_HEAP_BLOCK_BYTES, _GAPS, _LEFT_BEHIND = 2**25, 1.5, 0.5
 
 # As in runs.collecting: prompts that are answered and stored together.
 _PART = 512
@@ -71,10 +77,8 @@ class Workload:
     `row_bytes` is what a store keeps of a scored row; `mapped_bytes` the size of the teacher's files where they are not in the dtype it runs in.
     """
 
-    teacher: PretrainedConfig
-    student: PretrainedConfig
-    teacher_parameters: int
-    student_parameters: int
+    teacher: Outline
+    student: Outline
     mapped_bytes: int
     size: int
     objective: Objective
@@ -114,6 +118,11 @@ class Workload:
         return sum(self.answer_tokens) / len(self.answer_tokens)
 
     @property
+    def compared(self) -> float:
+        """Sequences on which fidelity is measured: items that the teacher answers, or what was held out for validation."""
+        return float(min(self.fidelity_prompts, self.items or self.validation_fraction * self.prompts))
+
+    @property
     def whole_tokens(self) -> list[int]:
         """Lengths of prompts with answers, ascending."""
         answers = self.answer_tokens
@@ -122,89 +131,113 @@ class Workload:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkEstimate:
-    """`seconds` and `peak_bytes` by stage (collect, train, label_only, evaluate); the bytes are those of the process beyond what the libraries take,
-    or on a GPU those that are allocated there.
-    """
+    """`seconds` and `peak_bytes` by stage; the bytes are those of the process beyond what the libraries take, on a GPU those allocated there."""
 
     seconds: dict[str, float]
     peak_bytes: dict[str, float]
+    how: str
 
     @property
     def peak_memory_bytes(self) -> int:
         return round(max(self.peak_bytes.values()))
 
-    @property
-    def how(self) -> str:
-        stage = max(self.peak_bytes, key=lambda name: self.peak_bytes[name])
-        return f"one- and two-layer copies of both models measured on this machine as busy as it is now, extrapolated; memory peaks in {stage}"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """What was found on this machine; seconds are those of the fastest runs, and everything takes `slowdown` times as long on average."""
+    """What was found on this machine. Seconds are those of the fastest runs: on average everything takes `slowdown` times as long, now.
+
+    `python` is how many times slower than on the machine that the constants are of; `stand_ins` names the models that could not be probed themselves.
+    """
 
     teacher: ReadingCosts
     student: ReadingCosts
     learning: LearningCosts
     python: float
     slowdown: float
+    stand_ins: tuple[str, ...]
 
 
 def measure(work: Workload) -> Measured:
-    """Probes this machine for a second or so, with copies of at most two layers. torch is left as it was."""
+    """Probes this machine for a second or two, with copies of at most two layers. torch is left as it was."""
     with as_in_a_run(work.threads):
         meter = Meter(work.device)
-        teacher = pattern_of(work.teacher, work.teacher_parameters, work.dtype, work.device)
-        student = pattern_of(work.student, work.student_parameters, torch.float32, work.device)
-        answer = work.answer_mean
-        k = work.k if work.target_kind == "top_k" else 0
-        found = Measured(
-            teacher=reading_costs(
-                teacher,
-                work.size,
-                batch=min(work.teacher_at_once, work.prompts),
-                tokens=work.prompt_mean + answer / 2,
-                temperature=work.sampling_temperature if work.written else 0.0,
-                k=k,
-                dtype=work.dtype,
-                meter=meter,
-            ),
-            student=reading_costs(
-                student,
-                work.size,
-                batch=min(work.teacher_at_once, max(work.items, _TIMED_BATCH)),
-                tokens=work.prompt_mean + answer / 2,
-                temperature=0.0,
-                k=0,
-                dtype=work.dtype,
-                meter=meter,
-            ),
-            learning=learning_costs(
-                student,
-                work.size,
-                objective=work.objective,
-                kind=work.target_kind,
-                k=k,
-                teacher_width=int(work.teacher.hidden_size),
-                micro_batch=work.micro_batch,
-                tokens=work.prompt_mean + answer,
-                rows_per_chunk=work.rows_per_chunk,
-                dtype=work.dtype,
-                meter=meter,
-            ),
-            python=meter.seconds(_python_work) / _REFERENCE_SECONDS,
-            slowdown=1.0,
-        )
-        return replace(found, slowdown=meter.slowdown)
+        teacher, teacher_stands_in = _probed(work.teacher, work.dtype.itemsize, work.device, partial(_teacher_costs, work, meter))
+        student, student_stands_in = _probed(work.student, 4, work.device, partial(_student_costs, work, meter))
+        # Weights, gradients and AdamW's two moments.
+        learning, learning_stands_in = _probed(work.student, 16, work.device, partial(_learning_costs, work, meter))
+        python = meter.seconds(_python_work) / _REFERENCE_SECONDS
+    stand_ins = (("teacher", teacher_stands_in), ("student", student_stands_in or learning_stands_in))
+    return Measured(
+        teacher=teacher,
+        student=student,
+        learning=learning,
+        python=python,
+        slowdown=meter.slowdown,
+        stand_ins=tuple(name for name, stands_in in stand_ins if stands_in),
+    )
+
+
+def _probed(outline: Outline, bytes_per_parameter: int, device: torch.device, probe: Callable[[Pattern], C]) -> tuple[C, bool]:
+    """What `probe` finds for a model, and whether it had to look at a stand-in: a plan refuses nothing that a run might do."""
+    pattern = pattern_of(outline, bytes_per_parameter, device)
+    if not pattern.stands_in:
+        # Memory that ran out all the same, or an architecture that cannot be run in this way: if it cannot be run at all, the run says so.
+        with suppress(Exception):
+            return probe(pattern), False
+    return probe(stand_in(outline)), True
+
+
+def _teacher_costs(work: Workload, meter: Meter, pattern: Pattern) -> ReadingCosts:
+    return reading_costs(
+        pattern,
+        work.size,
+        batch=min(work.teacher_at_once, work.prompts),
+        tokens=work.prompt_mean + work.answer_mean / 2,
+        temperature=work.sampling_temperature if work.written else 0.0,
+        k=work.k if work.target_kind == "top_k" else 0,
+        dtype=work.dtype,
+        meter=meter,
+    )
+
+
+def _student_costs(work: Workload, meter: Meter, pattern: Pattern) -> ReadingCosts:
+    return reading_costs(
+        pattern,
+        work.size,
+        batch=min(work.teacher_at_once, max(work.items, _TIMED_BATCH)),
+        tokens=work.prompt_mean + work.answer_mean / 2,
+        temperature=0.0,
+        k=0,
+        dtype=work.dtype,
+        meter=meter,
+    )
+
+
+def _learning_costs(work: Workload, meter: Meter, pattern: Pattern) -> LearningCosts:
+    return learning_costs(
+        pattern,
+        work.size,
+        objective=work.objective,
+        kind=work.target_kind,
+        k=work.k,
+        teacher_width=work.teacher.shape.width,
+        micro_batch=work.micro_batch,
+        tokens=work.prompt_mean + work.answer_mean,
+        rows_per_chunk=work.rows_per_chunk,
+        dtype=work.dtype,
+        meter=meter,
+    )
 
 
 def estimate(work: Workload, found: Measured) -> WorkEstimate:
     """Times and sizes of `work`, which may differ in its micro-batch from what `found` was measured for."""
-    seconds = _Seconds(work, found)
-    sizes = _Bytes(work, found)
+    seconds, sizes = _Seconds(work, found), _Bytes(work, found)
     by_stage = {"collect": seconds.collect(), "train": seconds.train(), "label_only": seconds.label_only(), "evaluate": seconds.evaluate()}
     peaks = {"collect": sizes.collect(), "train": sizes.train(), "evaluate": sizes.evaluate()}
-    return WorkEstimate(seconds={name: value * found.slowdown for name, value in by_stage.items()}, peak_bytes=peaks)
+    how = f"copies of both models with one and two layers measured on this machine as busy as it is, and extrapolated; memory is highest in {max(peaks, key=peaks.__getitem__)}"
+    if found.stand_ins:
+        how += f"; of the {' and the '.join(found.stand_ins)} a narrower stand-in was measured"
+    return WorkEstimate(seconds={name: value * found.slowdown for name, value in by_stage.items()}, peak_bytes=peaks, how=how)
 
 
 def _python_work() -> int:
@@ -297,7 +330,7 @@ class _Seconds:
         return self.found.python * sequences * _BATCHED_SECONDS
 
     def _optimiser(self) -> float:
-        return self.work.student_parameters * self.found.learning.parameter_seconds + self.found.python * _STEP_SECONDS
+        return self.work.student.parameters * self.found.learning.parameter_seconds + self.found.python * _STEP_SECONDS
 
     def _validation(self, sequences: float) -> float:
         """Scored without gradients, in whatever order the records are."""
@@ -311,14 +344,12 @@ class _Seconds:
         return passes / 3 + self._batches(sequences)
 
     def _checkpoint(self) -> float:
-        return 12 * self.work.student_parameters / _WRITTEN_BYTES_A_SECOND + self.found.python * _CHECKPOINT_SECONDS
+        return 12 * self.work.student.parameters / _WRITTEN_BYTES_A_SECOND + self.found.python * _CHECKPOINT_SECONDS
 
     def _compared(self) -> float:
         """Fidelity: the teacher answers, both models read, and every probability is compared."""
         work, teacher, student = self.work, self.found.teacher, self.found.student
-        prompts = float(work.fidelity_prompts if work.items else min(work.fidelity_prompts, work.validation_fraction * work.prompts))
-        if work.items:
-            prompts = min(prompts, work.items)
+        prompts = work.compared
         rows = prompts * work.answer_mean
         written = self._answers(teacher, prompts, prompts, work.prompt_tokens) if work.items else 0.0
         distributions = rows * (teacher.distribution_seconds + student.distribution_seconds + self.found.python * work.size * _COMPARED_SECONDS)
@@ -331,7 +362,9 @@ class _Seconds:
         wide = model.writing(_TIMED_BATCH, prompt, _TIMED_TOKENS, _TIMED_TOKENS * _TIMED_BATCH)
         answer = model.reading(prompt) + work.answer_mean * alone
         whole = model.reading(prompt) + work.max_new_tokens * alone
-        return _TIMED_REPEATS * (model.reading(prompt) + _TIMED_TOKENS * alone + wide) + _TIMED_ANSWERS * answer + _CHILD_ANSWERS * whole
+        asked = work.items or work.prompts
+        answers = (min(asked, _TIMED_ANSWERS) + 1) * answer + min(asked, _CHILD_ANSWERS) * whole
+        return _TIMED_REPEATS * (model.reading(prompt) + _TIMED_TOKENS * alone + wide) + answers
 
 
 def _widths(ascending: Sequence[int], sequences: float, groups: int) -> list[float]:
@@ -363,12 +396,12 @@ class _Bytes:
     def __init__(self, work: Workload, found: Measured) -> None:
         self.work, self.found = work, found
         self.element = work.dtype.itemsize
-        self.teacher = work.teacher_parameters * self.element
+        self.teacher = work.teacher.parameters * self.element
         self.on_cpu = work.device.type == "cpu"
         # The longest there is sets the peak.
         self.longest_prompt, self.longest_answer = max(work.prompt_tokens), max(work.answer_tokens)
         self.rows_stored = 0 if work.live or work.target_kind == "text" else work.prompts * work.answer_mean
-        self.head = work.size * int(work.teacher.hidden_size) * 4 if work.target_kind == "hidden" else 0
+        self.head = work.size * work.teacher.shape.width * 4 if work.target_kind == "hidden" else 0
         self.prompt_bytes = work.prompts * _PROMPT_BYTES
 
     def collect(self) -> float:
@@ -376,39 +409,40 @@ class _Bytes:
         part = min(_PART, work.prompts)
         batch = min(work.teacher_at_once, part)
         rows = part * work.answer_mean
-        writing = self._writing(teacher, batch, work.sampling_temperature) if work.written else 0.0
-        states = rows * int(work.teacher.hidden_size) * 4
-        # The states of a part, and the same laid end to end; then what is kept of them, as records, columns and file.
-        scoring = states + max(states, batch * self._longest() * teacher.working_bytes)
-        if work.target_kind == "top_k":
-            scoring = max(scoring, states + min(rows, max(1, VALUES_AT_ONCE // work.size)) * teacher.top_k_bytes + rows * work.row_bytes)
-        if work.live or work.target_kind == "text":
-            scoring = 0.0
-        storing = 5 * rows * work.row_bytes if self.on_cpu else 0.0
-        loading = work.mapped_bytes if self.on_cpu else 0
-        head = self.head if self.element != 4 else 0
-        tensors = self.teacher + max(writing, scoring, storing + head, loading)
-        return self._process(tensors, work.prompts * _COLLECTED_BYTES)
+        phases = [float(work.mapped_bytes) if self.on_cpu else 0.0]
+        if work.written:
+            phases.append(self._writing(teacher, batch, work.sampling_temperature))
+        if self.rows_stored:
+            # The states of a part, and the same laid end to end; then what is kept of them, as records, columns and file.
+            states = rows * work.teacher.shape.width * 4
+            phases.append(states + max(states, self._reading(teacher, work.teacher, batch)))
+            phases.append(5 * rows * work.row_bytes + (self.head if self.element != 4 else 0))
+            if work.target_kind == "top_k":
+                values = min(rows, max(1, VALUES_AT_ONCE // work.size))
+                picking = self._resident(values * teacher.top_k_bytes, values * work.size * 4)
+                left = _LEFT_BEHIND * max(phases) if self.on_cpu and values * work.size * 4 > _HEAP_BLOCK_BYTES else 0.0
+                phases.append(left + states + picking + rows * work.row_bytes)
+        return self._process(self.teacher + max(phases), work.prompts * _COLLECTED_BYTES)
 
     def train(self) -> float:
         work, learning = self.work, self.found.learning
-        weights = 4.0 * work.student_parameters
+        weights = 4.0 * work.student.parameters
         micro_steps = math.ceil(work.sequences_per_step / work.micro_batch)
         tokens = work.micro_batch * self._longest()
         rows = work.micro_batch * work.answer_mean
         # The feed-forward layer's are the largest blocks of a body, the logits those of a head.
-        block = tokens * _feed_forward(work.student) * 4
+        block = tokens * work.student.shape.feed_forward * 4
         kept, working = (self._resident(tokens * each, block) for each in (learning.kept_bytes, learning.working_bytes))
         chunk_rows = min(rows, work.rows_per_chunk)
-        chunk = self._resident(chunk_rows * learning.row_bytes, chunk_rows * work.size * 4)
+        chunk = self._resident(chunk_rows * learning.row_bytes, chunk_rows * work.size * 4) + learning.head_bytes
         targets = rows * self._target_bytes()
         # With one micro-batch, gradients come to be as what was kept for them goes.
         before, after = (weights, weights) if micro_steps > 1 else (0.0, weights)
-        passing = max(before + kept + targets + max(chunk, working), after + working)
+        passing = learning.fixed_bytes + max(before + kept + targets + max(chunk, working), after + working)
         teacher = self.teacher if work.from_teacher or (work.live and work.target_kind != "text") else 0.0
         asking = 0.0
         if work.live and work.target_kind != "text":
-            asking = work.micro_batch * self._longest() * self.found.teacher.working_bytes + 3 * targets + before
+            asking = self._reading(self.found.teacher, work.teacher, work.micro_batch) + 3 * targets + before
         # Weights and AdamW's two moments; the head of stored states is read from its file and copied once.
         tensors = 3 * weights + max(passing, asking, weights) + teacher + (self.head if self.rows_stored else 0)
         files = self._mapped() + (self.head if self.rows_stored else 0)
@@ -416,21 +450,19 @@ class _Bytes:
 
     def evaluate(self) -> float:
         work, teacher, student = self.work, self.found.teacher, self.found.student
-        weights = work.student_parameters * self.element
+        weights = work.student.parameters * self.element
         longest = max(1, self.longest_answer)
         writing = 0.0
         if work.items:
             batch = min(work.teacher_at_once, work.items)
-            writing = max(self._writing(teacher, batch, 0.0), self._writing(student, batch, 0.0) + 4 * work.student_parameters)
+            writing = max(self._writing(teacher, batch, 0.0), self._writing(student, batch, 0.0) + 4 * work.student.parameters)
         # Both models' distributions over a chunk of sequences, as fidelity holds them, one of them in the making.
-        sequences = max(1.0, min(work.teacher_at_once, VALUES_AT_ONCE // (longest * work.size)))
+        sequences = max(1.0, min(work.teacher_at_once, work.compared, VALUES_AT_ONCE // (longest * work.size)))
         rows = sequences * work.answer_mean
         making = rows * (work.size * 4 + student.distribution_bytes)
-        comparing = 2 * rows * work.size * 4 + 7 * min(rows * work.size, COMPARED_AT_ONCE) * 8
-        tokens = sequences * self._longest()
-        reading = self._resident(
-            tokens * max(teacher.working_bytes, student.working_bytes), tokens * max(_feed_forward(work.teacher), _feed_forward(work.student)) * 4
-        )
+        values = min(rows * work.size, COMPARED_AT_ONCE)
+        comparing = 2 * rows * work.size * 4 + self._resident(7 * values * 8, values * 8)
+        reading = max(self._reading(teacher, work.teacher, sequences), self._reading(student, work.student, sequences))
         tensors = self.teacher + weights + max(writing, making, comparing, reading, work.mapped_bytes if self.on_cpu else 0)
         files = 0.0 if work.items else self._mapped()
         return self._process(tensors, files + (self.head if self.rows_stored else 0) + work.items * 4 * _RECORD_BYTES)
@@ -448,6 +480,11 @@ class _Bytes:
         writing = cached * model.cache_bytes + max(2 * cached * model.layer_bytes, logits)
         return self._resident(max(reading, writing), batch * self.longest_prompt * model.layer_bytes / 2)
 
+    def _reading(self, model: ReadingCosts, outline: Outline, sequences: float) -> float:
+        """A layer at work on whole sequences, without a cache."""
+        tokens = sequences * self._longest()
+        return self._resident(tokens * model.working_bytes, tokens * outline.shape.feed_forward * 4)
+
     def _target_bytes(self) -> float:
         """Of one scored row in a batch, while it is gathered or made."""
         return self.work.size * 4 if self.work.target_kind == "full" else 3 * self.work.row_bytes
@@ -458,11 +495,7 @@ class _Bytes:
 
     def _resident(self, live: float, block: float) -> float:
         """What live tensors take of the process when they are made of blocks of such a size."""
-        return live * _RESIDENT if self.on_cpu and block <= _HEAP_BLOCK_BYTES else live
+        return live * _GAPS if self.on_cpu and block <= _HEAP_BLOCK_BYTES else live
 
     def _process(self, tensors: float, others: float) -> float:
         return tensors + others + self.prompt_bytes + _BASE_BYTES if self.on_cpu else tensors
-
-
-def _feed_forward(config: PretrainedConfig) -> int:
-    return int(getattr(config, "intermediate_size", None) or 4 * config.hidden_size)

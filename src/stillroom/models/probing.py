@@ -19,14 +19,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
 
-from stillroom.models.loading import config_from_teacher, skeleton_of
+from stillroom.models.loading import ModelShape, config_from_teacher, count_parameters, skeleton_of
 
 # A copy's embeddings and head have at most so many numbers each; what the rest of the vocabulary takes is in proportion.
 HEAD_NUMBERS = 2**23
 # Two layers may take this share of the memory that is free; of wider models a narrower stand-in is probed.
 _SHARE_OF_FREE_MEMORY = 0.25
+_STAND_IN_WIDTH = 1024
 _LEAST_REPEATS, _REPEATS = 3, 6
-_SECONDS_OF_REPEATS = 0.05
+_SECONDS_OF_REPEATS, _SECONDS_OF_MORE_REPEATS = 0.5, 0.05
 
 
 # --- what it takes ----------------------------------------------------------------------------------------------------------------------
@@ -39,6 +40,10 @@ class Cost:
     seconds: float
     peak_bytes: float
     kept_bytes: float
+
+    def per(self, count: int) -> Cost:
+        """The share of one of `count`."""
+        return Cost(self.seconds / count, self.peak_bytes / count, self.kept_bytes / count)
 
 
 class Meter:
@@ -69,7 +74,7 @@ class Meter:
     def seconds(self, action: Callable[[], object]) -> float:
         """The fastest of a few runs."""
         taken: list[float] = []
-        while len(taken) < _LEAST_REPEATS or (len(taken) < _REPEATS and sum(taken) < _SECONDS_OF_REPEATS):
+        while len(taken) < _REPEATS and sum(taken) < (_SECONDS_OF_REPEATS if len(taken) < _LEAST_REPEATS else _SECONDS_OF_MORE_REPEATS):
             self._wait()
             began = time.perf_counter()
             action()
@@ -142,49 +147,71 @@ def as_in_a_run(threads: int) -> Iterator[None]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Outline:
+    """A model as it is known without its weights."""
+
+    config: PretrainedConfig
+    shape: ModelShape
+    parameters: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Pattern:
-    """What copies of a model are made from. `rows` is their vocabulary; `scale` is how many times wider a layer of the model itself is in numbers
-    (1 but for a stand-in), and `widening` how many times wider its states are.
+    """What copies are made from: a configuration whose `rows` are a part of the model's vocabulary.
+
+    A stand-in is of another, narrower model; a layer of the model itself takes `scale` times as long, and its states are `widening` times as wide.
     """
 
     config: PretrainedConfig
     layers: int
     rows: int
-    parameters: int
-    layer_parameters: int
+    layer_parameters: float
     scale: float = 1.0
     widening: float = 1.0
+    stands_in: bool = False
 
 
-def pattern_of(config: PretrainedConfig, parameters: int, dtype: torch.dtype, device: torch.device) -> Pattern:
-    """How a model of `config`, with so many parameters, is to be probed. Allocates nothing."""
-    layers, width = int(config.num_hidden_layers), int(config.hidden_size)
-    small = min(int(config.vocab_size), max(256, HEAD_NUMBERS // width))
-    one, two = (_parameters(_cut(config, depth, small)) for depth in (1, 2))
-    each = two - one if layers > 1 else one - small * width
-    if 2 * each * dtype.itemsize <= _SHARE_OF_FREE_MEMORY * _free_bytes(device):
-        return Pattern(config=config, layers=layers, rows=small, parameters=parameters, layer_parameters=each)
-    stand_in = LlamaConfig(vocab_size=min(small, 256), hidden_size=1024, intermediate_size=3072, num_hidden_layers=2, num_attention_heads=8)
-    narrow = _parameters(_cut(stand_in, 2, 256)) - _parameters(_cut(stand_in, 1, 256))
+def pattern_of(outline: Outline, bytes_per_parameter: int, device: torch.device) -> Pattern:
+    """How a model is to be probed: by its own layers, or by a stand-in where they are too wide for the memory that is free, or cannot be cut."""
+    rows = max(256, min(outline.shape.rows, HEAD_NUMBERS // outline.shape.width))
+    try:
+        one, two = (_parameters(_cut(outline.config, depth, rows)) for depth in (1, 2))
+    except Exception:  # whatever an architecture makes of a configuration of one layer
+        return stand_in(outline)
+    if 2 * (two - one) * bytes_per_parameter > _SHARE_OF_FREE_MEMORY * _free_bytes(device):
+        return stand_in(outline)
+    return Pattern(config=outline.config, layers=outline.shape.layers, rows=rows, layer_parameters=float(two - one))
+
+
+def stand_in(outline: Outline) -> Pattern:
+    """A Llama of moderate width, whose layers take as much less time as they have fewer parameters."""
+    width, shape = min(_STAND_IN_WIDTH, outline.shape.width), outline.shape
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=2, num_attention_heads=max(1, width // 64), head_dim=64
+    )
+    narrow = _parameters(_cut(config, 2, 256)) - _parameters(_cut(config, 1, 256))
+    each = max(1.0, (outline.parameters - (1 if shape.tied_embeddings else 2) * shape.rows * shape.width) / shape.layers)
     return Pattern(
-        config=stand_in,
-        layers=layers,
-        rows=stand_in.vocab_size,
-        parameters=parameters,
-        layer_parameters=each,
+        config=config,
+        layers=shape.layers,
+        rows=256,
+        layer_parameters=float(narrow),
         scale=each / narrow,
-        widening=width / 1024,
+        widening=shape.width / width,
+        stands_in=True,
     )
 
 
 def copy_of(pattern: Pattern, depth: int, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """A copy of `depth` layers, in evaluation mode; its weights mean nothing."""
     config = _cut(pattern.config, depth, pattern.rows)
+    # As when it is loaded: fused attention cannot cap its logits.
+    eager = {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) is not None else {}
+    model: Any
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=dtype, **eager)
+    model = model.to_empty(device=device).eval()
     assert isinstance(model, PreTrainedModel)
-    torch.nn.Module.to_empty(model, device=device)
-    model.eval()
     # Small and not all alike: no number is so small that arithmetic with it is slow, and experts are chosen as by chance.
     noise = 0.02 * torch.randn(2**16 + 1, generator=torch.Generator().manual_seed(0)).to(device)
     with torch.no_grad():
@@ -202,7 +229,7 @@ def _cut(config: PretrainedConfig, depth: int, rows: int) -> PretrainedConfig:
 
 
 def _parameters(config: PretrainedConfig) -> int:
-    return sum(parameter.numel() for parameter in skeleton_of(config).parameters())
+    return count_parameters(skeleton_of(config))
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -25,6 +25,7 @@ from stillroom.models.loading import (
     shape_of,
     skeleton_of,
 )
+from stillroom.models.probing import Outline
 from stillroom.models.tokenizers import Renderer, load_tokenizer, vocabulary_of
 from stillroom.objectives.divergences import DIVERGENCES
 from stillroom.objectives.objective import Objective, WeightedTerm
@@ -411,10 +412,8 @@ class _Planner:
         training = recipe.training
         dtype: torch.dtype = getattr(torch, hardware.dtype)
         return Workload(
-            teacher=self.teacher.config,
-            student=self.student.config,
-            teacher_parameters=self.teacher.parameters,
-            student_parameters=self.student.parameters,
+            teacher=Outline(config=self.teacher.config, shape=self.teacher.shape, parameters=self.teacher.parameters),
+            student=Outline(config=self.student.config, shape=self.student.shape, parameters=self.student.parameters),
             mapped_bytes=0 if self.teacher.stored_dtype == _SAFETENSORS_NAMES.get(dtype) else self.teacher.weight_bytes,
             size=self.vocabulary.size,
             objective=self.objective,

@@ -371,6 +371,14 @@ def test_a_teacher_that_changed_since_the_run_began(case: Case) -> None:
     case.refused("store-mismatch", says=("SHA-256",))
 
 
+def test_prompts_that_changed_since_the_run_began(case: Case) -> None:
+    assert case.run("collect")[0] == 0
+    path = Path(case.tree["prompts"]["path"])
+    rows = path.read_text(encoding="utf-8").splitlines()
+    path.write_text("\n".join([*rows[1:], rows[0]]) + "\n", encoding="utf-8")
+    case.refused("prompts-changed", says=("new directory",))
+
+
 # --- what the machine has ------------------------------------------------------------------------------------------------------------------------------
 
 

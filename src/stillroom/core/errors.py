@@ -25,6 +25,7 @@ CODES: dict[str, str] = {
     "recipe-unknown-key": "The recipe has a key that Stillroom does not know.",
     "recipe-invalid": "A value in the recipe is missing, of the wrong type or out of range.",
     "prompts-missing": "The prompts file does not exist or cannot be read.",
+    "prompts-changed": "The prompts are not those that the run began with.",
     "prompts-empty": "There are no prompts.",
     "prompts-invalid": "A line or column of the prompts is not what was expected.",
     "items-invalid": "A labelled or evaluation item is not what was expected.",

@@ -81,6 +81,11 @@ class LoadedPrompts:
     source: str
     source_sha256: str | None
 
+    @property
+    def sha256(self) -> str:
+        """The identity of the prompts and answers, in order, wherever they came from."""
+        return sha256_hex(canonical_json([[prompt.id, prompt.answer] for prompt in self.prompts]))
+
 
 def load_prompts(path: str | Path | None = None, *, dataset: str | None = None, split: str = "train", limit: int | None = None) -> LoadedPrompts:
     """The prompts of a file (.jsonl, .ndjson, .json with one object a line, .parquet) or of one `split` of a dataset: exactly one of the two.

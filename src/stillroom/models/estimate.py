@@ -420,8 +420,7 @@ class _Bytes:
             if work.target_kind == "top_k":
                 values = min(rows, max(1, VALUES_AT_ONCE // work.size))
                 picking = self._resident(values * teacher.top_k_bytes, values * work.size * 4)
-                left = _LEFT_BEHIND * max(phases) if self.on_cpu and values * work.size * 4 > _HEAP_BLOCK_BYTES else 0.0
-                phases.append(left + states + picking + rows * work.row_bytes)
+                phases.append(states + picking + rows * work.row_bytes)
         return self._process(self.teacher + max(phases), work.prompts * _COLLECTED_BYTES)
 
     def train(self) -> float:

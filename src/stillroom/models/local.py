@@ -20,8 +20,8 @@ from stillroom.targets.kinds import FullTargets, HiddenTargets, TargetRequest, T
 from stillroom.targets.protocols import LogitsTransform
 from stillroom.targets.vocabulary import Vocabulary
 
-# Log-probabilities (rows times vocabulary) that are made at once where only something small is kept of them: 128 MiB in float32.
-VALUES_AT_ONCE = 2**25
+# Log-probabilities (rows times vocabulary) that are made at once where only something small is kept of them: 32 MiB in float32.
+VALUES_AT_ONCE = 2**23
 # The same where two models are compared in float64, with half a dozen intermediate results of 16 MiB.
 COMPARED_AT_ONCE = 2**21
 

@@ -26,6 +26,11 @@ def release_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    trim_heap()
+
+
+def trim_heap() -> None:
+    """The quick part of it, for within a stage: what glibc keeps goes back to the system. No-op elsewhere."""
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):  # a C library without malloc_trim (musl)
             ctypes.CDLL(None).malloc_trim(0)

@@ -23,6 +23,7 @@ from stillroom.data import Candidate, Prompt, TransferSet, curate, freeze
 from stillroom.ledger import Circumstances, Collected, Frozen, Ledger, PromptSource
 from stillroom.models.loading import teacher_head_arrays
 from stillroom.models.local import LocalTeacher
+from stillroom.models.memory import trim_heap
 from stillroom.objectives.tensors import as_arrays, head_as_arrays
 from stillroom.runs.directory import Run
 from stillroom.runs.observer import Observer
@@ -128,6 +129,8 @@ class Collector:
         began = time.monotonic()
         answered = self._answers(number, prompts)
         asked = [one for one in answered if one.sequence is not None]
+        # What decoding leaves on the heap is of no use to scoring, and by how much it would raise the peak is chance.
+        trim_heap()
         records = self._stored([one.sequence for one in asked if one.sequence is not None])
         self.store.append_shard(records)
         ids = {one.prompt.id: record_id(record.sequence) for one, record in zip(asked, records, strict=True)}

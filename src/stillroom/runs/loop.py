@@ -11,6 +11,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -152,6 +153,15 @@ class Loop:
     def run(self) -> Progress:
         """Trains to the end (or to early stopping) from the last checkpoint. Raises Interrupted, DivergedError, ResourceError."""
         self._resume()
+        try:
+            self._train()
+        finally:
+            self._close()
+        if self.settings.patience is not None and self.progress.best_step >= 0:
+            self.student.load(self.directory / "best")
+        return self.progress
+
+    def _train(self) -> None:
         began, before, began_tokens = time.monotonic(), self.progress.seconds, self.progress.scored_tokens
         while self.progress.step < self.settings.steps and not self.progress.stopped_early:
             self._one_step(began, began_tokens)
@@ -161,10 +171,6 @@ class Loop:
             if self._due(self.settings.checkpoint_every) or self.progress.stopped_early or self.stop.asked:
                 self._checkpoint()
             self.stop.check(f"after step {self.progress.step} of {self.settings.steps}")
-        if self.settings.patience is not None and self.progress.best_step >= 0:
-            self.student.load(self.directory / "best")
-        self._close()
-        return self.progress
 
     def _due(self, every: int) -> bool:
         return self.progress.step % every == 0 or self.progress.step == self.settings.steps
@@ -297,7 +303,8 @@ class Loop:
 
     def _close(self) -> None:
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            with suppress(OSError):  # a disk that is full is reported by what filled it
+                self._tensorboard.close()
 
     def _diverged(self, found: str) -> DivergedError:
         return DivergedError(

@@ -55,6 +55,8 @@ class PromptFacts(_Part):
     """What the teacher will be asked, and how long the answers are taken to be."""
 
     count: int
+    sha256: str
+    """Of prompts and answers, in order."""
     duplicates_dropped: int
     tokens_mean: float
     tokens_longest: int

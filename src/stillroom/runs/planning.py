@@ -89,16 +89,17 @@ class Prepared:
         return getattr(torch, self.plan.hardware.dtype)  # type: ignore[no-any-return]
 
 
-def plan(recipe: Recipe) -> Plan:
+def plan(recipe: Recipe, *, out: Path | None = None) -> Plan:
     """The plan alone."""
-    return prepare(recipe).plan
+    return prepare(recipe, out=out).plan
 
 
-def prepare(recipe: Recipe, *, planned: Plan | None = None, gate: bool = False) -> Prepared:
+def prepare(recipe: Recipe, *, out: Path | None = None, planned: Plan | None = None, gate: bool = False) -> Prepared:
     """Checks everything and decides everything that a run depends on. Raises StillroomError for whatever would make the run fail later.
 
-    `planned` is a plan made before: its decisions stand, so that a run that is resumed goes on as it began. With `gate`, the terms must allow
-    learning from the teacher, or EntitlementDenied or EntitlementUnknown is raised before anything else is looked at.
+    `out` is where the run will be, so that the right disk is looked at; None: where the process is. `planned` is a plan made before: its decisions
+    stand, so that a run that is resumed goes on as it began. With `gate`, the terms must allow learning from the teacher, or EntitlementDenied
+    or EntitlementUnknown is raised before anything else is looked at.
     """
     terms = _statement(recipe.terms)
     teacher = describe(recipe.teacher.model, recipe.teacher.revision)
@@ -112,9 +113,11 @@ def prepare(recipe: Recipe, *, planned: Plan | None = None, gate: bool = False) 
     student = _plan_student(recipe, teacher, tokenizer, teacher_vocabulary)
     renderer = Renderer(tokenizer)
     prompts = load_prompts(recipe.prompts.path, dataset=recipe.prompts.dataset, split=recipe.prompts.split, limit=recipe.prompts.limit)
+    if planned is not None:
+        _require_same_prompts(planned, prompts)
     objective = objective_of(recipe.objective)
     if planned is None:
-        planned = _Planner(recipe, teacher, student, teacher_vocabulary, renderer, prompts, objective).plan(verdict, terms)
+        planned = _Planner(recipe, out or Path.cwd(), teacher, student, teacher_vocabulary, renderer, prompts, objective).plan(verdict, terms)
     return Prepared(
         recipe=recipe,
         plan=planned,
@@ -138,6 +141,17 @@ def _require_same_teacher(planned: Plan, teacher: ModelDescription) -> None:
             expected=f"{planned.teacher.weights_sha256}, the weights that this run was planned with",
             why="a student of two teachers could be told from neither",
             do="Put the teacher back as it was, or run in a new directory.",
+        )
+
+
+def _require_same_prompts(planned: Plan, prompts: LoadedPrompts) -> None:
+    if planned.prompts.sha256 != prompts.sha256:
+        raise DataError(
+            "prompts-changed",
+            found=f"{len(prompts.prompts)} prompts in {prompts.source} whose SHA-256 is {prompts.sha256}",
+            expected=f"{planned.prompts.count} with {planned.prompts.sha256}, the prompts that this run was planned with",
+            why="the answers that are there already are answers to those",
+            do="Put the prompts back as they were, or run in a new directory.",
         )
 
 
@@ -207,6 +221,7 @@ class _Planner:
     def __init__(
         self,
         recipe: Recipe,
+        out: Path,
         teacher: ModelDescription,
         student: StudentPlan,
         vocabulary: Vocabulary,
@@ -214,7 +229,7 @@ class _Planner:
         prompts: LoadedPrompts,
         objective: Objective,
     ) -> None:
-        self.recipe, self.teacher, self.student, self.vocabulary = recipe, teacher, student, vocabulary
+        self.recipe, self.out, self.teacher, self.student, self.vocabulary = recipe, out, teacher, student, vocabulary
         self.renderer, self.prompts, self.objective = renderer, prompts, objective
         self.decisions: list[Decision] = []
         self.warnings: list[str] = []
@@ -255,7 +270,7 @@ class _Planner:
                 peak_memory_bytes=found.peak_memory_bytes,
                 memory_available_bytes=_memory_available(device),
                 disk_bytes=disk,
-                disk_free_bytes=durable.free_bytes(Path.cwd()),
+                disk_free_bytes=durable.free_bytes(self.out),
                 how=found.how,
             ),
             decisions=self.decisions,
@@ -285,6 +300,7 @@ class _Planner:
         self.answer_lengths, why = self._answer_lengths()
         return PromptFacts(
             count=len(self.prompts.prompts),
+            sha256=self.prompts.sha256,
             duplicates_dropped=self.prompts.duplicates,
             tokens_mean=sum(lengths) / len(lengths),
             tokens_longest=longest,
@@ -338,7 +354,7 @@ class _Planner:
         if not any(term.divergence.softens for term in self.objective.terms):
             return "text", "the objective reads the teacher's text alone"
         tokens = facts.count * facts.answer_tokens_assumed
-        room = min(_STORE_MOST_BYTES, _STORE_SHARE_OF_FREE_DISK * durable.free_bytes(Path.cwd()))
+        room = min(_STORE_MOST_BYTES, _STORE_SHARE_OF_FREE_DISK * durable.free_bytes(self.out))
         if "hidden" in possible and (section.live or sizes["hidden"] * tokens <= room):
             chosen, why = "hidden", "hidden states and the teacher's head give the whole distribution at two bytes a dimension"
         else:

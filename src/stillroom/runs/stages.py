@@ -72,7 +72,7 @@ class Stages:
     def prepared(self) -> Prepared:
         """The recipe, checked; gate 1 is passed here, so nothing can be spent without it."""
         if self._prepared is None:
-            prepared = prepare(self.run.recipe, planned=_plan_of(self.run), gate=True)
+            prepared = prepare(self.run.recipe, out=self.run.directory, planned=_plan_of(self.run), gate=True)
             torch.set_num_threads(prepared.plan.hardware.threads)
             torch.use_deterministic_algorithms(True, warn_only=True)
             self._prepared = prepared

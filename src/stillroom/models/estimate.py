@@ -49,9 +49,8 @@ _COLLECTED_BYTES = 3_000  # its line in collect.jsonl, ledger entries and place 
 _RECORD_BYTES, _TOKEN_BYTES = 1_500, 36  # a record and each of its tokens, while training
 # Blocks of up to 32 MiB come from glibc's heap, where blocks of other sizes leave gaps; larger ones are mapped by themselves and leave none. Resident over
 # live bytes at the peaks of stages, by VmHWM and LiveBytes: learning 1.7 (demo), 1.6 (wide), 1.5 (live), 1.4 (deep); reading and writing 1.1 to 2.1, the
-# same batch in a fresh process or after others; 1.0 with every block mapped, which is 40 % slower. When large blocks follow, 0.45 to 0.6 of such a heap is
-# still there (wide).
-_HEAP_BLOCK_BYTES, _GAPS, _LEFT_BEHIND = 2**25, 1.5, 0.5
+# same batch in a fresh process or after others; 1.0 with every block mapped, which is 40 % slower.
+_HEAP_BLOCK_BYTES, _GAPS = 2**25, 1.7
 
 # As in runs.collecting: prompts that are answered and stored together.
 _PART = 512

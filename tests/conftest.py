@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 import pytest
 from hypothesis import settings
@@ -12,6 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"  # a hub id in a test must fail at once and not wait for a network
+os.environ["STILLROOM_TERMS"] = os.path.join(tempfile.gettempdir(), "no-terms-of-a-user")  # what whoever runs the tests has confirmed is not asked
 
 settings.register_profile("stillroom", deadline=None, derandomize=os.environ.get("CI") == "true")
 settings.load_profile("stillroom")

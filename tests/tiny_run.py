@@ -54,7 +54,7 @@ def tiny_recipe(folder: Path, *, prompts: int = 24) -> dict[str, Any]:
     return {
         "name": "tiny",
         "teacher": {"model": str(teacher)},
-        "terms": {"licence": "Apache-2.0", "distillation": "allowed"},
+        "terms": {"licence": "Apache-2.0", "base_licence": "Apache-2.0"},
         "student": {"from_scratch": {"layers": 1, "width": 16, "heads": 2, "feed_forward": 32}},
         "prompts": {"path": str(asked)},
         "generation": {"max_new_tokens": 10, "sampling_temperature": 1.0},

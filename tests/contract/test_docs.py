@@ -90,6 +90,7 @@ ELSEWHERE = {
     "checkpoints/",
     "label_only/",
     "inputs/",
+    "decisions/",
 }
 
 # --- examples -----------------------------------------------------------------------------------------------------------------------
@@ -136,6 +137,15 @@ def test_getting_started_can_be_followed_and_its_run_is_as_documented(tmp_path: 
     _perform(DOCS / "getting-started.md", tmp_path)
     undocumented = _undocumented(tmp_path / "runs" / "first")
     assert not undocumented, "\n".join(undocumented)
+
+
+def test_the_guide_to_terms_can_be_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STILLROOM_TERMS", str(tmp_path / "terms"))
+    _perform(DOCS / "guides" / "may-i-distil-this-model.md", tmp_path)
+
+
+def test_the_guide_to_ones_own_trainer_can_be_followed(tmp_path: Path) -> None:
+    _perform(DOCS / "guides" / "use-your-own-trainer.md", tmp_path)
 
 
 def _undocumented(run: Path) -> list[str]:

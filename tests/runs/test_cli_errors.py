@@ -282,18 +282,66 @@ def test_a_device_that_is_not_there(case: Case, device: str) -> None:
 # --- terms ------------------------------------------------------------------------------------------------------------------------------------------
 
 
+# A local stand-in of which the recipe says that it is an old Llama: its licence forbids to improve other models with it.
+FORBIDDEN = {"licence": "llama2"}
+
+
 @pytest.mark.parametrize("command", ["run", "collect"])
 def test_terms_that_forbid_it(case: Case, command: str) -> None:
-    case.tree["terms"] = {"licence": "Acme Licence 1", "distillation": "denied"}
-    case.refused("entitlement-denied", exit_code=4, command=command, says=("Acme Licence 1",))
+    case.tree["terms"] = FORBIDDEN
+    case.refused("entitlement-denied", exit_code=4, command=command, says=("llama-2@", "What would change it"))
     assert not contents(case.out)
 
 
-@pytest.mark.parametrize("terms", [None, {"licence": "Acme Licence 1", "distillation": "unknown"}])
-def test_terms_that_are_not_known(case: Case, terms: Tree | None) -> None:
+@pytest.mark.parametrize("command", ["run", "plan"])
+def test_a_service_that_forbids_it_is_refused_before_anything_is_looked_at(case: Case, command: str) -> None:
+    """No model of that name is anywhere, and nobody looks for it."""
+    case.tree["teacher"] = {"model": "gpt-5.2"}
+    case.tree["terms"] = {"access": "api:openai"}
+    case.tree["intent"] = {"task": "general-llm", "release": "internal", "commercial": True}
+    case.tree["prompts"]["path"] = "nowhere.jsonl"
+    case.recipe.write_text(yaml.safe_dump(case.tree), encoding="utf-8")
+    options = [] if command == "plan" else ["--out", str(case.out)]
+    found, text = case.stillroom(command, str(case.recipe), *options)
+    assert_error(found, text, "entitlement-denied", exit_code=4, says=("openai-services-agreement@", "no-competing-models", "What would change it"))
+    assert not case.out.exists()
+
+
+@pytest.mark.parametrize(
+    ("terms", "says"),
+    [
+        ({}, ("Under which licence",)),
+        ({"licence": "Acme Licence 1"}, ("Acme Licence 1", "stillroom terms add")),
+        ({"access": "host:nobody-knows-them", "licence": "Apache-2.0"}, ("nobody-knows-them", "stillroom terms add")),
+    ],
+)
+def test_terms_that_are_not_known(case: Case, terms: Tree, says: tuple[str, ...]) -> None:
     case.tree["terms"] = terms
-    case.refused("entitlement-unknown", exit_code=5)
+    case.refused("entitlement-unknown", exit_code=5, says=says)
     assert not contents(case.out)
+
+
+def test_a_card_that_says_another_licence_than_the_recipe(case: Case) -> None:
+    (Path(case.tree["teacher"]["model"]) / "README.md").write_text("---\nlicense: mit\n---\n", encoding="utf-8")
+    case.refused("entitlement-unknown", exit_code=5, says=("under Apache-2.0, as the recipe says, or under mit, as its card does",))
+    assert not contents(case.out)
+
+
+def test_an_intent_to_evaluate_only(case: Case) -> None:
+    case.tree["intent"] = {"purpose": "evaluate"}
+    case.refused("recipe-invalid", says=("`intent.purpose`", "stillroom terms check"))
+    assert not contents(case.out)
+    assert_error(*case.stillroom("plan", str(case.recipe)), "recipe-invalid")
+
+
+def test_a_written_permission_that_is_not_there(case: Case) -> None:
+    case.tree["terms"]["authorisations"] = ["nowhere.yaml"]
+    case.refused("terms-missing", says=("nowhere.yaml",))
+
+
+def test_another_catalogue_than_the_recipe_was_read_against(case: Case) -> None:
+    case.tree["terms"]["catalogue"] = "2025-01-01"
+    case.refused("recipe-invalid", says=("`terms.catalogue` is 2025-01-01",))
 
 
 # --- the run directory --------------------------------------------------------------------------------------------------------------------------------

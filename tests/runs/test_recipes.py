@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ import yaml
 
 import helpers
 import stillroom
+from stillroom.core import clock
 from stillroom.core.errors import EntitlementUnknown
+from stillroom.entitlement.store import TermsStore
+from stillroom.runs.entitling import decide_recipe
 from stillroom.runs.recipe import Recipe
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
@@ -45,15 +49,11 @@ def test_it_is_a_recipe_with_its_hardware_and_its_result(path: Path) -> None:
 
 
 @by_recipe
-def test_its_terms_are_dated_or_left_unknown(path: Path) -> None:
-    terms = Recipe.from_yaml(path).terms
-    assert terms is not None
-    assert terms.document
-    if terms.distillation == "unknown":
-        assert not terms.obligations
-    else:
-        assert re.fullmatch(r"\d{4}-\d\d-\d\d", terms.read_on or "")
-    assert bool(terms.obligations) == (terms.distillation == "allowed-with-obligations")
+def test_its_verdict_is_the_one_it_states(path: Path) -> None:
+    stated = re.search(r"^# Terms +([a-z-]+)(?:: asks (?:for intent\.(\w+)|to (confirm)))?", path.read_text(encoding="utf-8"), re.MULTILINE)
+    assert stated, "no line that says what the terms are"
+    verdict = decide_recipe(Recipe.from_yaml(path), today=date(2026, 11, 24))
+    assert (verdict.outcome, verdict.asks) == (stated[1], stated[2] or stated[3])
 
 
 @by_recipe
@@ -70,6 +70,8 @@ def _tiny(path: Path, folder: Path) -> dict[str, Any]:
     """The recipe with a tiny pair, six given answers and two steps in place of the real ones; everything else as it stands."""
     family, teacher_padding, student_padding = STAND_INS[path.stem]
     tree = Recipe.from_yaml(path).model_dump(mode="json")
+    # Its terms stay those of the real pair.
+    tree["terms"] |= {"model": tree["teacher"]["model"], "base_model": tree["student"]["model"]}
     tokenizer = helpers.tiny_tokenizer()
     layers = 1 + max((tree["student"]["from_teacher"] or {"layers": [1]})["layers"])
     tree["teacher"] = {
@@ -87,13 +89,27 @@ def _tiny(path: Path, folder: Path) -> dict[str, Any]:
     return tree
 
 
+def _answer_what_is_asked(tree: dict[str, Any], folder: Path) -> None:
+    """As its user would: facts that only they know, and texts that they have read."""
+    tree["intent"]["monthly_users"] = 1000
+    tree["terms"]["generated_on"] = "2026-11-24"
+    text = folder / "text.txt"
+    text.write_text("The terms as they are.", encoding="utf-8")
+    store = TermsStore.open()
+    while (verdict := decide_recipe(Recipe.from_tree(tree))).asks == "confirm":
+        record = next(reason.record for reason in verdict.reasons if reason.standing == "not confirmed")
+        assert record is not None
+        store.confirm(record, text, "a test", clock.now().date())
+
+
 @by_recipe
-def test_two_steps_on_a_tiny_pair(path: Path, tmp_path: Path) -> None:
+def test_two_steps_on_a_tiny_pair(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tree = _tiny(path, tmp_path)
-    if tree["terms"]["distillation"] == "unknown":
+    monkeypatch.setenv("STILLROOM_TERMS", str(tmp_path / "store"))
+    if not decide_recipe(Recipe.from_yaml(path)).allows:
         with pytest.raises(EntitlementUnknown):
             stillroom.run(Recipe.from_tree(tree), out=tmp_path / "refused", until="trained")
-        tree["terms"]["distillation"] = "allowed"
+        _answer_what_is_asked(tree, tmp_path)
     run = stillroom.run(Recipe.from_tree(tree), out=tmp_path / "run", until="trained")
     steps = [line for line in map(json.loads, (run.directory / "metrics.jsonl").read_text().splitlines()) if line["name"] == "train"]
     assert [line["step"] for line in steps] == [1, 2]

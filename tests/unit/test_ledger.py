@@ -13,6 +13,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -228,6 +229,20 @@ def test_it_knows_what_it_has_also_after_it_was_opened_again(ledger: Ledger, tmp
         assert book.salt(ident(0), "record") == ledger.salt(ident(0), "record")
         with pytest.raises(LedgerError) as raised:
             book.hash_of(ident(9), "collect")
+        assert raised.value.code == "ledger-unknown-record"
+
+
+def test_it_knows_the_decision_of_every_record(tmp_path: Path) -> None:
+    """Also where decisions come back, other stages stand between them, and after it was opened again."""
+    decisions = [letter * 64 for letter in "aabca"]
+    book = Ledger.open(tmp_path, clock)
+    for number, decision in enumerate(decisions):
+        book.append([collected(number, replace(LOCAL, decision=decision)), Frozen(record_id=ident(number))])
+    book.append([collected(0, replace(LOCAL, decision="f" * 64))])  # it keeps the entry that it has
+    for ledger in (book, Ledger.open(tmp_path, clock)):
+        assert [ledger.decision_of(ident(number)) for number in range(5)] == decisions
+        with pytest.raises(LedgerError) as raised:
+            ledger.decision_of(ident(9))
         assert raised.value.code == "ledger-unknown-record"
 
 

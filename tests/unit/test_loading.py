@@ -102,6 +102,7 @@ def test_the_digest_is_over_names_and_bytes_of_all_weight_files(whole: Path, bro
         ("---\nlicense: [mit, apache-2.0]\n---\n", "mit, apache-2.0"),
         ("---\nlicense: [\n---\n", None),
         ("---\ntags: []\n---\n", None),
+        ("---\nlicense: other\n---\n", None),
     ],
 )
 def test_the_licence_is_what_the_card_declares(broken: Path, card: str, licence: str | None) -> None:

@@ -206,6 +206,20 @@ def test_it_stops_when_validation_no_longer_gains_and_keeps_the_best_weights(tmp
     assert equal(weights_of(again), weights_of(stopped))
 
 
+def test_every_record_is_asked_about_before_the_first_step_and_whenever_it_goes_on(tmp_path: Path) -> None:
+    asked: list[list[str]] = []
+    loop_in(tmp_path, replace(SETTINGS, steps=2), admitted=lambda records: asked.append(list(records))).run()
+    loop_in(tmp_path, replace(SETTINGS, steps=4), admitted=lambda records: asked.append(list(records))).run()
+    assert asked == [[str(number) for number in range(14)]] * 2
+
+    def refuse(records: Sequence[str]) -> None:
+        raise PermissionError(records[0])
+
+    with pytest.raises(PermissionError):
+        loop_in(tmp_path / "refused", admitted=refuse).run()
+    assert not (tmp_path / "refused").exists()
+
+
 def test_it_keeps_the_last_checkpoint_and_a_line_for_every_step(tmp_path: Path) -> None:
     loop_in(tmp_path, replace(SETTINGS, steps=5)).run()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000005"]

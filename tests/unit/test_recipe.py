@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stillroom.core.errors import RecipeError
-from stillroom.runs.recipe import Recipe
+from stillroom.runs.documented import descriptions
+from stillroom.runs.recipe import Recipe, TermsSection
 from stillroom.runs.template import recipe_template
 
 SMALLEST: dict[str, Any] = {
@@ -26,7 +27,7 @@ def test_the_template_is_a_recipe_and_says_what_every_key_is() -> None:
     assert Recipe.from_tree(yaml.safe_load(text)).teacher.model == "path/to/teacher"
     written = {line.strip().removeprefix("# ").partition(":")[0] for line in text.splitlines() if ":" in line}
     assert written >= set(Recipe.model_fields)
-    for section in ("training", "targets", "hardware"):
+    for section in ("training", "targets", "hardware", "terms", "intent"):
         assert written >= set(type(getattr(Recipe.from_tree(SMALLEST), section)).model_fields)
 
 
@@ -52,6 +53,10 @@ def test_a_recipe_round_trips_through_its_canonical_json() -> None:
         ({"objective": {"terms": [{"divergense": "forward_kl"}]}}, "`divergence`"),
         ({"student": {"from_scratch": {"layers": 1, "width": 8, "heads": 1, "feedforward": 8}}}, "`feed_forward`"),
         ({"evaluation": {"label_only": {"path": "x", "patients": 3}}}, "`patience`"),
+        ({"terms": {"license": "mit"}}, "`licence`"),
+        ({"terms": {"datasets": [{"nmae": "x"}]}}, "`name`"),
+        ({"intent": {"comercial": True}}, "`commercial`"),
+        ({"intent": {"competes": {"value": False, "because": "x"}}}, "one of value, asserted_by, why"),
     ],
 )
 def test_an_unknown_key_is_refused_with_the_nearest_one(change: dict[str, Any], says: str) -> None:
@@ -76,6 +81,19 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(change: dict[str, Any], 
         {"seed": -1},
         {"teacher": "teacher"},
         {"version": 2},
+        {"terms": {"access": "openai"}},
+        {"terms": {"access": "api:"}},
+        {"terms": {"datasets": [{"licence": "mit"}]}},
+        {"terms": {"generated_on": "yesterday"}, "prompts": {"path": "p", "answers": "given"}},
+        {"intent": {"task": "chatbot"}},
+        {"intent": {"release": True}},
+        {"intent": {"commercial": "no"}},
+        {"intent": {"monthly_users": -1}},
+        {"intent": {"monthly_users": 2**53}},
+        {"intent": {"domicile": "Germany"}},
+        {"intent": {"territories": []}},
+        {"intent": {"competes": False}},
+        {"intent": {"competes": {"value": False, "asserted_by": "legal", "why": "no"}}},
     ],
 )
 def test_a_bad_value_is_named(change: dict[str, Any]) -> None:
@@ -91,6 +109,36 @@ def test_paths_are_relative_to_the_recipe_where_something_is_there(tmp_path: Pat
     recipe = Recipe.from_yaml(tmp_path / "recipe.yaml")
     assert recipe.prompts.path == str(tmp_path / "prompts.jsonl")
     assert recipe.teacher.model == "owner/name"
+
+
+def test_permissions_are_relative_to_the_recipe_too(tmp_path: Path) -> None:
+    (tmp_path / "letter.yaml").write_text("")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**SMALLEST, "terms": {"authorisations": ["letter.yaml", "nowhere.yaml"]}}))
+    assert Recipe.from_yaml(tmp_path / "recipe.yaml").terms.authorisations == (str(tmp_path / "letter.yaml"), "nowhere.yaml")
+
+
+def test_a_fact_that_is_wrong_is_named_with_what_it_takes() -> None:
+    with pytest.raises(RecipeError, match=r"`intent\.task`.*task takes one of general-llm"):
+        Recipe.from_tree({**SMALLEST, "intent": {"task": "chatbot"}})
+
+
+def test_the_order_of_territories_is_no_difference() -> None:
+    one, other = (Recipe.from_tree({**SMALLEST, "intent": {"territories": codes}}) for codes in (["US", "DE"], ["DE", "US", "DE"]))
+    assert one.sha256 == other.sha256
+
+
+def test_days_are_written_as_days(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    for written in ("2026-11-24", "'2026-11-24'"):
+        path.write_text(f"teacher: {{model: t}}\nstudent: {{from_teacher: {{layers: [0]}}}}\nprompts: {{path: p}}\nterms: {{catalogue: {written}}}\n")
+        assert Recipe.from_yaml(path).model_dump(mode="json")["terms"]["catalogue"] == "2026-11-24"
+
+
+def test_every_description_is_found_in_the_source() -> None:
+    """And in the JSON Schema, whose text is made from them."""
+    schema = Recipe.model_json_schema()["$defs"]["TermsSection"]["properties"]
+    assert descriptions(TermsSection).keys() == TermsSection.model_fields.keys() == schema.keys()
+    assert all(schema[name]["description"] == text for name, text in descriptions(TermsSection).items())
 
 
 def test_sections_left_empty_are_defaults() -> None:

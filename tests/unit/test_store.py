@@ -27,7 +27,9 @@ from stillroom.core.identities import ModelRef, Sampling, TokenSequence
 from stillroom.targets.codecs import (
     Codec,
     CodecError,
+    DrawnCodec,
     HiddenCodec,
+    SampledCodec,
     TextCodec,
     TopKCodec,
     bytes_per_row,
@@ -35,16 +37,19 @@ from stillroom.targets.codecs import (
     describe,
     encode,
     from_bfloat16,
+    from_int8,
+    logit_bound_R,
     measure_error,
     to_bfloat16,
+    to_int8,
     whole_log_probs_RV,
 )
-from stillroom.targets.kinds import HiddenTargets, Targets, TeacherHead, TextTargets, TopKTargets
+from stillroom.targets.kinds import DrawnTargets, HiddenTargets, SampledTargets, Targets, TeacherHead, TextTargets, TopKTargets
 from stillroom.targets.manifest import manifest_from_bytes
 from stillroom.targets.rows import kind_of, row_count, slice_targets
 from stillroom.targets.store import StoredRecord, StoreIdentity, TargetStore, record_id
 
-SIZE, WIDTH, K = 19, 6, 5
+SIZE, WIDTH, K, DRAWS = 19, 6, 5, 7
 VOCABULARY = "f" * 64
 TEACHER = ModelRef(source="/models/t", kind="directory", revision=None, weights_sha256="a" * 64, architecture="Llama", parameters=10, licence="MIT")
 HEAD = TeacherHead(
@@ -55,9 +60,12 @@ HEAD = TeacherHead(
 )
 CODECS: dict[str, Codec] = {
     "text": TextCodec(),
+    "sampled": SampledCodec(),
+    "drawn": DrawnCodec(draws=DRAWS),
     "top_k": TopKCodec(k=K),
     "hidden bfloat16": HiddenCodec(width=WIDTH),
     "hidden float32": HiddenCodec(width=WIDTH, state_dtype="float32"),
+    "hidden int8": HiddenCodec(width=WIDTH, state_dtype="int8"),
 }
 EACH = pytest.mark.parametrize("name", CODECS)
 
@@ -95,9 +103,15 @@ def sequence(rng: numpy.random.Generator, spans: int | None = None) -> TokenSequ
 
 def targets(codec: Codec, of: TokenSequence, rng: numpy.random.Generator) -> Targets:
     rows = len(of.scored_rows)
+    labels_R = numpy.array([of.ids[row + 1] for row in of.scored_rows], dtype=numpy.int64)
     match codec:
         case TextCodec():
-            return TextTargets(vocabulary=VOCABULARY, token_ids_R=numpy.array([of.ids[row + 1] for row in of.scored_rows], dtype=numpy.int64))
+            return TextTargets(vocabulary=VOCABULARY, token_ids_R=labels_R)
+        case SampledCodec():
+            log_probs_R = numpy.log(rng.random(rows)).astype(numpy.float32)
+            return SampledTargets(vocabulary=VOCABULARY, temperature=1.0, token_ids_R=labels_R, log_probs_R=log_probs_R)
+        case DrawnCodec():
+            return drawn(numpy.array([rng.multinomial(DRAWS, rng.dirichlet(numpy.full(SIZE, 0.2))) for _ in range(rows)]).reshape(rows, SIZE), rng)
         case TopKCodec():
             log_probs_RV = numpy.log(rng.dirichlet(numpy.ones(SIZE), size=rows)).reshape(rows, SIZE)
             ids_RK = numpy.argsort(-log_probs_RV, axis=1)[:, :K].astype(numpy.int32)
@@ -114,6 +128,19 @@ def targets(codec: Codec, of: TokenSequence, rng: numpy.random.Generator) -> Tar
         case HiddenCodec():
             states_RD = rng.normal(size=(rows, WIDTH)).astype(numpy.float32)
             return HiddenTargets(vocabulary=VOCABULARY, temperature=1.0, states_RD=states_RD, head=HEAD)
+
+
+def drawn(times_RV: numpy.ndarray, rng: numpy.random.Generator) -> DrawnTargets:
+    row_U, ids_U = times_RV.nonzero()
+    return DrawnTargets(
+        vocabulary=VOCABULARY,
+        temperature=1.0,
+        draws=DRAWS,
+        offsets_R1=numpy.append(0, numpy.cumsum((times_RV > 0).sum(axis=1))),
+        ids_U=ids_U.astype(numpy.int32),
+        counts_U=times_RV[row_U, ids_U].astype(numpy.int32),
+        entropy_R=(rng.random(len(times_RV)) * math.log(SIZE)).astype(numpy.float32),
+    )
 
 
 def records(codec: Codec, count: int, seed: int = 0) -> list[StoredRecord]:
@@ -142,6 +169,10 @@ def arrays(of: Targets) -> list[numpy.ndarray]:
     match of:
         case TextTargets():
             return [of.token_ids_R]
+        case SampledTargets():
+            return [of.token_ids_R, of.log_probs_R]
+        case DrawnTargets():
+            return [of.offsets_R1, of.ids_U, of.counts_U, of.entropy_R]
         case TopKTargets():
             return [of.ids_RK, of.log_probs_RK, of.tail_log_mass_R]
         case HiddenTargets():
@@ -159,10 +190,19 @@ def assert_holds(store: TargetStore, expected: Sequence[StoredRecord]) -> None:
     for record in expected:
         part = slice_targets(read, start, start + len(record.sequence.scored_rows))
         start += len(record.sequence.scored_rows)
-        for got, wanted in zip(arrays(part), arrays(record.targets), strict=True):
-            if isinstance(store.identity.codec, HiddenCodec) and store.identity.codec.state_dtype == "bfloat16":
-                wanted = from_bfloat16(to_bfloat16(wanted))
+        for got, wanted in zip(arrays(part), arrays(as_written(store.identity.codec, record.targets)), strict=True):
             assert numpy.array_equal(got, wanted)
+
+
+def as_written(codec: Codec, of: Targets) -> Targets:
+    """What the codec states that it keeps of these targets."""
+    if isinstance(of, HiddenTargets) and isinstance(codec, HiddenCodec) and codec.state_dtype == "bfloat16":
+        return replace(of, states_RD=from_bfloat16(to_bfloat16(of.states_RD)))
+    if isinstance(of, HiddenTargets) and isinstance(codec, HiddenCodec) and codec.state_dtype == "int8":
+        return replace(of, states_RD=from_int8(*to_int8(of.states_RD)))
+    if isinstance(of, DrawnTargets):
+        return replace(of, entropy_R=numpy.rint(of.entropy_R * 512) / 512)
+    return of
 
 
 # -- round trip ---------------------------------------------------------------------------------------------------------

@@ -168,7 +168,7 @@ def test_the_page_is_well_formed_and_self_contained() -> None:
     balance.feed(page)
     balance.close()
     assert balance.open == []
-    assert re.findall(r'(?:src|href)="(?!#|data:,|https://www\.apache\.org/licenses/LICENSE-2\.0")', page) == []
+    assert re.findall(r'(?:src|href)="(?!#|data:,)', page) == []
     assert "url(" not in page
     assert "@import" not in page
     assert "tokens per second over training" in page.lower()

@@ -1,24 +1,23 @@
-"""The commands. Exit codes: 0 done, 2 bad input, 4 denied by the terms, 5 terms unknown, 130 interrupted and resumable."""
+"""The commands. Exit codes: 0 done, 2 bad input, 3 allowed with obligations, 4 denied by the terms, 5 terms unknown, 130 interrupted and resumable."""
 
 from __future__ import annotations
 
-import json
 import sys
+from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 import stillroom
-from stillroom import demo as bundled
-from stillroom import runs
-from stillroom.cli import view
-from stillroom.core import durable
-from stillroom.core.errors import RunError, StillroomError
-from stillroom.runs.directory import Run
-from stillroom.runs.recipe import Recipe
-from stillroom.runs.template import recipe_template
+from stillroom.cli.later import Later
+from stillroom.cli.terms import app as terms
+from stillroom.core.errors import StillroomError
+
+if TYPE_CHECKING:
+    from stillroom.cli import commands
+else:
+    commands = Later("stillroom.cli.commands")
 
 app = typer.Typer(
     name="stillroom",
@@ -40,57 +39,49 @@ def demo(
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the student, the prompts and the order.")] = 0,
 ) -> None:
     """Teach a small model what the bundled teacher knows, and report how much of it was kept."""
-    recipe = bundled.prepare(out, seed)
-    _finish(runs.run(recipe, out=out, observer=view.Screen(_errors())))
+    commands.demo(out, seed)
 
 
 @app.command()
 def init(out: Annotated[Path, typer.Option("--out", help="Where to write it.")] = Path("recipe.yaml")) -> None:
     """Write a commented recipe to start from."""
-    if out.exists():
-        raise RunError("run-not-a-run", found=f"{out} exists", expected="a new file", do="Choose another --out, or move that file away.")
-    durable.write_bytes_atomic(out, recipe_template().encode())
-    _out().print(f"Wrote {out}. Edit teacher, terms, student and prompts, then: stillroom plan {out}", soft_wrap=True, highlight=False)
+    commands.init(out)
 
 
 @app.command()
 def plan(recipe: RecipeArgument, as_json: Annotated[bool, typer.Option("--json", help="Print plan.json instead of a page.")] = False) -> None:
     """Say what would happen: signal and why, vocabularies, memory, time, terms. Makes no request, spends nothing."""
-    found = runs.plan(Recipe.from_yaml(recipe))
-    if as_json:
-        _print_json(found.model_dump(mode="json"))
-    else:
-        _out().print(view.plan_page(found))
+    commands.plan(recipe, as_json)
 
 
 @app.command()
 def run(recipe: RecipeArgument, out: OutOption = None) -> None:
     """Plan, collect, train, evaluate, report; run again with the same --out to resume."""
-    _finish(_stage(recipe, out, "reported"))
+    commands.finish(commands.stage(recipe, out, "reported"))
 
 
 @app.command()
 def collect(recipe: RecipeArgument, out: StageOutOption) -> None:
     """Ask the teacher: answers and targets for every prompt."""
-    _stage(recipe, out, "collected")
+    commands.stage(recipe, out, "collected")
 
 
 @app.command()
 def train(recipe: RecipeArgument, out: StageOutOption) -> None:
     """Train the student on what was collected."""
-    _stage(recipe, out, "trained", needs="collected")
+    commands.stage(recipe, out, "trained", needs="collected")
 
 
 @app.command()
 def evaluate(recipe: RecipeArgument, out: StageOutOption) -> None:
     """Measure teacher, student and baseline on the same items."""
-    _stage(recipe, out, "evaluated", needs="trained")
+    commands.stage(recipe, out, "evaluated", needs="trained")
 
 
 @app.command()
 def report(recipe: RecipeArgument, out: StageOutOption) -> None:
     """Write report.json and report.html, and print the main figures."""
-    _finish(_stage(recipe, out, "reported", needs="evaluated"))
+    commands.finish(commands.stage(recipe, out, "reported", needs="evaluated"))
 
 
 @app.command()
@@ -100,26 +91,41 @@ def compare(
     file: Annotated[Path | None, typer.Option("--file", help="A .jsonl or .parquet file of prompts.")] = None,
 ) -> None:
     """Show teacher and student side by side."""
-    if (prompt is None) == (file is None):
-        raise RunError("recipe-invalid", found="both or neither of --prompt and --file", expected="one of them", do="Give --prompt TEXT or --file F.")
-    _out().print(view.side_by_side(runs.compare(Run.open(directory), prompt=prompt, file=file)))
+    commands.compare(directory, prompt, file)
+
+
+@app.command()
+def publish(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The directory of a finished run.")],
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", help="The run's recipe with another `intent`: a name or a release settled since.")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Write nothing: only say what is there and what is missing; exit code 2 where something is.")
+    ] = False,
+) -> None:
+    """Write what the student must carry when it is given away (model card, NOTICE, licences), and check that all of it is there."""
+    if not commands.publish(directory, recipe, check):
+        raise typer.Exit(2)
+
+
+app.add_typer(terms)
 
 
 @app.command()
 def version() -> None:
     """Print the version."""
-    _out().print(stillroom.__version__, highlight=False)
+    typer.echo(stillroom.__version__)
 
 
 def main() -> None:
     """Runs the command line; every StillroomError becomes its text on standard error and its exit code."""
     try:
-        app(standalone_mode=False)
+        # A command that ends with typer.Exit hands its exit code back; the others hand back nothing.
+        code = app(standalone_mode=False)
     except StillroomError as error:
         _errors().print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
-    except typer.Exit as done:
-        sys.exit(done.exit_code)
     except typer.Abort:
         sys.exit(130)
     except KeyboardInterrupt:
@@ -130,25 +136,10 @@ def main() -> None:
             raise
         _errors().print(f"stillroom: {error.format_message()}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
+    if code:
+        sys.exit(code)
 
 
-def _stage(recipe: Path, out: Path | None, until: str, needs: str | None = None) -> Run:
-    found = Recipe.from_yaml(recipe)
-    return runs.run(found, out=out or Path("runs") / found.name, until=until, needs=needs, observer=view.Screen(_errors()))
-
-
-def _finish(run: Run) -> None:
-    _out().print(view.report_page(run.report))
-    _out().print(f"Report   {run.page_path}\nStudent  {run.student_path}", soft_wrap=True, highlight=False)
-
-
-def _print_json(value: object) -> None:
-    print(json.dumps(value, indent=2))
-
-
-def _out() -> Console:
-    return Console()
-
-
-def _errors() -> Console:
-    return Console(stderr=True)
+def _errors() -> Any:
+    """Standard error as a rich console, loaded where there is something to say."""
+    return import_module("rich.console").Console(stderr=True)

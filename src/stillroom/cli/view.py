@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from stillroom.runs import Comparison, Plan
+from stillroom.runs.plan import Terms
 from stillroom.runs.report import Absent, Maybe, Number, Report
 
 _MODELS = (("teacher", "teacher"), ("student", "student"), ("label_only", "label-only"), ("student_before", "student before"))
@@ -105,7 +106,7 @@ def plan_page(plan: Plan) -> RenderableType:
     table.add_row("", f"the student has {plan.teacher.parameters / plan.student.parameters:.1f} times fewer parameters")
     vocabulary = plan.vocabulary
     table.add_row("vocabulary", f"{vocabulary.size} tokens, the same in both; logits {vocabulary.teacher_rows} and {vocabulary.student_rows} wide")
-    table.add_row("terms", _terms(plan))
+    table.add_row("terms", Text(_terms(plan.terms)))
     prompts = plan.prompts
     table.add_row(
         "prompts",
@@ -128,14 +129,19 @@ def plan_page(plan: Plan) -> RenderableType:
     return Group(table, *notes)
 
 
-def _terms(plan: Plan) -> str:
-    terms = plan.terms
-    parts = [f"{terms.outcome}: {'; '.join(terms.reasons)}"]
-    if terms.obligations:
-        parts.append("the student must carry: " + "; ".join(terms.obligations))
-    if terms.question:
-        parts.append(terms.question)
-    return "\n".join(parts)
+def _terms(terms: Terms) -> str:
+    """The verdict, what it rests on, what it asks for and what would change it, a line each."""
+    lists = (
+        ("because", terms.reasons),
+        ("the student must carry", terms.obligations),
+        ("what would change it", terms.changed_by),
+        ("entitled teachers", terms.alternatives),
+        ("mind", terms.warnings),
+    )
+    reached = "" if terms.access == "weights" else f" through {terms.access}"
+    lines = [f"{terms.outcome}: {terms.teacher}{reached}, {terms.licence or 'no licence declared'}; catalogue of {terms.catalogue}"]
+    lines += [f"{name}: {line}" for name, found in lists for line in found]
+    return "\n".join([*lines, *([f"question: {terms.question}"] if terms.question else [])])
 
 
 # --- the report -----------------------------------------------------------------------------------------------------------------------
@@ -189,7 +195,7 @@ def _made(report: Report) -> RenderableType:
     stages = ", ".join(f"{name} {_duration(seconds.value)}" for name, seconds in making.wall_seconds.items())
     return Text(
         f"made in {_duration(sum(s.value for s in making.wall_seconds.values()))} ({stages}) from {making.prompts.value:,.0f} prompts; "
-        f"terms: {report.provenance.verdict}"
+        f"terms: {report.provenance.verdict}" + "".join(f"\nobligation: {line}" for line in report.provenance.terms.get("obligations") or ())
     )
 
 

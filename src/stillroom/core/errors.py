@@ -10,6 +10,7 @@
     |- RunError                              the run directory: locked, of another recipe, out of order
     |- ResourceError                         disk or memory that does not suffice
     |- DivergedError                         the loss became NaN or infinite
+    |- EntitlementError                      terms records, confirmations and authorisations that cannot be used
     |- EntitlementDenied           exit 4    the teacher's terms forbid it
     |- EntitlementUnknown          exit 5    a fact is missing; the question is in the message
     `- Interrupted                 exit 130  stopped by Ctrl-C, resumable
@@ -40,6 +41,7 @@ CODES: dict[str, str] = {
     "student-shape": "The student cannot be built in the shape asked for.",
     "vocabulary-mismatch": "Teacher and student do not have the same vocabulary.",
     "targets-unsupported": "The objective cannot be computed from the targets chosen.",
+    "trainer-unsupported": "A Hugging Face Trainer cannot be given this objective, or does not say what it needs.",
     "store-corrupt": "The target store does not match its checksums.",
     "store-mismatch": "The target store was made by another teacher, tokenizer, template, codec or temperature.",
     "transfer-set-empty": "No record was left to learn from.",
@@ -55,8 +57,11 @@ CODES: dict[str, str] = {
     "device-unavailable": "The device asked for is not there.",
     "diverged": "The loss became NaN or infinite.",
     "missing-extra": "An optional part of Stillroom is not installed.",
+    "terms-missing": "A file of terms does not exist or cannot be read, or a record asked for is not there.",
+    "terms-invalid": "A file of terms records is not what was expected.",
     "entitlement-denied": "The teacher's terms forbid this use.",
     "entitlement-unknown": "The teacher's terms are not known well enough to go on.",
+    "obligations-unmet": "Something that the student must carry when it is given away is not there.",
     "interrupted": "The run was interrupted and can be resumed.",
 }
 
@@ -121,6 +126,10 @@ class ResourceError(StillroomError):
 
 class DivergedError(StillroomError):
     """The loss became NaN or infinite."""
+
+
+class EntitlementError(StillroomError):
+    """Terms records, confirmations and authorisations that cannot be used."""
 
 
 class EntitlementDenied(StillroomError):

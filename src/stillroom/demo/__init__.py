@@ -42,12 +42,6 @@ def recipe(inputs: Path, seed: int) -> Recipe:
         {
             "name": "time-expressions",
             "teacher": {"model": str(TEACHER)},
-            "terms": {
-                "licence": "Apache-2.0",
-                "distillation": "allowed",
-                "document": "https://www.apache.org/licenses/LICENSE-2.0",
-                "read_on": "2026-11-24",
-            },
             "student": {"from_scratch": {"layers": 3, "width": 96, "heads": 3, "feed_forward": 320}},
             "prompts": {"path": str(inputs / "prompts.jsonl")},
             "generation": {"max_new_tokens": 24},

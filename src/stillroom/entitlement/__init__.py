@@ -1,6 +1,1 @@
-"""May one learn from this teacher? Terms, verdict, obligations; no I/O."""
-
-from stillroom.entitlement.terms import TermsStatement, licence_id
-from stillroom.entitlement.verdict import Reason, Verdict, decide, require
-
-__all__ = ["Reason", "TermsStatement", "Verdict", "decide", "licence_id", "require"]
+"""May one learn from this teacher? Records of terms, a three-valued verdict with reasons, obligations."""

@@ -25,7 +25,7 @@ In a "collect" entry, what was learned from whom:
     access         {path: "local" | "self-hosted" | "api", endpoint, account}: how the teacher was reached; account is a pseudonym
     response       null, or what an endpoint said of itself: {model, id, fingerprint}
     tokens         {prompt, output, reasoning}; reasoning null where the teacher does not tell
-    terms          digests of the terms statements in force, sorted
+    terms          digests of the records of terms that were asked, sorted
     decision       digest of the entitlement verdict
 
 In a "freeze" entry: `collected`, the hash of the record's collect entry; `kept`, whether the transfer set has it; `reason`, why not, else null.

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -62,11 +63,16 @@ class _Index:
     def __init__(self) -> None:
         self._hashes = bytearray()
         self._places: dict[str, dict[bytes, int]] = {stage: {} for stage in STAGE_FIELDS}
+        # From which entry on collect entries name which decision: they are few.
+        self._decisions: list[tuple[int, str]] = []
 
     def __len__(self) -> int:
         return len(self._hashes) // _HASH_BYTES
 
-    def add(self, stage: str, record: str, entry_hash: str) -> None:
+    def add(self, stage: str, record: str, entry_hash: str, decision: str | None) -> None:
+        """`decision` is that of a collect entry."""
+        if decision is not None and (not self._decisions or self._decisions[-1][1] != decision):
+            self._decisions.append((len(self), decision))
         self._places[stage][bytes.fromhex(record)] = len(self)
         self._hashes += bytes.fromhex(entry_hash)
 
@@ -74,6 +80,11 @@ class _Index:
         """The hash of the entry of that stage and record commitment."""
         place = self._places[stage].get(bytes.fromhex(record))
         return None if place is None else self._hash_at(place)
+
+    def decision(self, record: str) -> str | None:
+        """The decision that the collect entry of that record commitment names."""
+        place = self._places["collect"].get(bytes.fromhex(record))
+        return None if place is None else self._decisions[bisect_right(self._decisions, place, key=lambda one: one[0]) - 1][1]
 
     @property
     def head(self) -> Head:
@@ -125,6 +136,13 @@ class Ledger:
             raise self._unknown_record(record_id)
         return found
 
+    def decision_of(self, record_id: str) -> str:
+        """The decision that the record was collected under. Raises LedgerError 'ledger-unknown-record' where there is no such record."""
+        found = self._index.decision(self._commit("record", record_id, record_id))
+        if found is None:
+            raise self._unknown_record(record_id)
+        return found
+
     def salt(self, record_id: str, field: Field) -> str:
         """The salt behind one commitment, in hexadecimal: disclosing it with the text proves that commitment and betrays nothing else."""
         return derive_salt(self._secret, field, record_id).hex()
@@ -156,6 +174,7 @@ class Ledger:
         hashes: list[str] = []
         lines: list[str] = []
         added: dict[tuple[Stage, str], str] = {}
+        decisions: dict[str, str] = {}
         head = self._index.head
 
         def known(stage: Stage, record: str) -> str | None:
@@ -171,10 +190,12 @@ class Ledger:
                 lines.append(f'{{"entry":{text.decode()},"hash":"{entry_hash}"}}')
                 head = Head(head.entries + 1, entry_hash)
                 added[entry.stage, record] = entry_hash
+                if isinstance(entry, Collected):
+                    decisions[record] = entry.circumstances.decision
             hashes.append(entry_hash)
         durable.append_lines(self._path, lines)
         for (stage, record), entry_hash in added.items():
-            self._index.add(stage, record, entry_hash)
+            self._index.add(stage, record, entry_hash, decisions.get(record) if stage == "collect" else None)
         return hashes
 
     def _facts(self, entry: Entry, collected: str | None) -> Json:
@@ -228,7 +249,7 @@ def _scan(path: Path, head: Head | None, *, canonical: bool) -> _Index:
         if entry["previous"] != previous:
             _corrupt(path, number, "does not follow from the line before it")
         _check_references(path, number, entry, index)
-        index.add(entry["stage"], entry["record"], entry_hash)
+        index.add(entry["stage"], entry["record"], entry_hash, entry.get("decision"))
         previous = entry_hash
         if head is not None and len(index) == head.entries and entry_hash != head.hash:
             _corrupt(path, number, "is not the entry that was last in the ledger's head")

@@ -20,13 +20,13 @@ from typing import Any, TypeVar
 import huggingface_hub
 import torch
 import transformers
-import yaml
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from stillroom.core.cards import declared_licence
 from stillroom.core.errors import ModelError, ResourceError
 from stillroom.core.hashing import sha256_files
 from stillroom.core.identities import ModelRef
@@ -150,7 +150,7 @@ def describe(source: str, revision: str | None = None) -> ModelDescription:
         weights_sha256=sha256_files({file.name: file for file in files}),
         architecture=type(skeleton).__name__,
         parameters=count_parameters(skeleton),
-        licence=_licence(directory),
+        licence=declared_licence(directory),
     )
     return ModelDescription(
         ref=ref,
@@ -242,27 +242,6 @@ def _refuse_what_is_no_plain_model(directory: Path, tree: dict[str, Any]) -> Non
 
 def _unsupported(found: str, do: str) -> ModelError:
     return ModelError("model-unsupported", found=found, expected="a decoder-only language model in transformers' own architecture", do=do)
-
-
-def _licence(directory: Path) -> str | None:
-    """`license` from the front matter of the model card; the name of the licence where that says `other`."""
-    try:
-        text = (directory / "README.md").read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return None
-    parts = text.split("---", 2)
-    if len(parts) < 3 or parts[0].strip():
-        return None
-    try:
-        front = yaml.safe_load(parts[1])
-    except yaml.YAMLError:
-        return None
-    if not isinstance(front, dict) or not front.get("license"):
-        return None
-    licence = front["license"]
-    if licence == "other" and front.get("license_name"):
-        licence = front["license_name"]
-    return ", ".join(map(str, licence)) if isinstance(licence, list) else str(licence)
 
 
 def _end_ids(directory: Path, config: PretrainedConfig) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from stillroom.core import optional
 from stillroom.runs.directory import Run
+from stillroom.runs.entitling import entitled
 from stillroom.runs.observer import Observer, Silent
 from stillroom.runs.plan import Plan
 from stillroom.runs.recipe import Recipe
@@ -25,7 +26,12 @@ class Comparison:
 
 
 def plan(recipe: Recipe) -> Plan:
-    """What a run of `recipe` would do. Loads no weights, makes no request, writes nothing."""
+    """What a run of `recipe` would do. Loads no weights, makes no request, writes nothing.
+
+    Of a teacher behind an API there is no plan yet: raises what `run` would raise.
+    """
+    if recipe.terms.access != "weights":
+        entitled(recipe)
     result: Plan = _torch_side("stillroom.runs.planning").plan(recipe)
     return result
 
@@ -36,6 +42,8 @@ def run(recipe: Recipe, *, out: Path | str, until: str = "reported", needs: str 
     `needs`, where given, is a state that must have been reached before. Raises StillroomError, of which Interrupted can be resumed by the
     same call; EntitlementDenied and EntitlementUnknown come before any work.
     """
+    if Run.begin(recipe, Path(out)).state == "new":
+        entitled(recipe)  # here already: an answer in a moment, and without the extra that training needs
     result: Run = _torch_side("stillroom.runs.stages").run(recipe, Path(out), until=until, needs=needs, observer=observer or Silent())
     return result
 

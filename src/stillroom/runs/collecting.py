@@ -20,12 +20,14 @@ from stillroom.core.identities import Sampling, TokenIds, TokenSequence
 from stillroom.core.interrupts import StopRequest
 from stillroom.core.seeds import derive_seed
 from stillroom.data import Candidate, Prompt, TransferSet, curate, freeze
-from stillroom.ledger import Circumstances, Collected, Frozen, Ledger, PromptSource
+from stillroom.ledger import Access, Circumstances, Collected, Frozen, Ledger, PromptSource
 from stillroom.models.loading import teacher_head_arrays
 from stillroom.models.local import LocalTeacher
 from stillroom.models.memory import trim_heap
 from stillroom.objectives.tensors import as_arrays, head_as_arrays
 from stillroom.runs.directory import Run
+from stillroom.runs.entitling import digests_of
+from stillroom.runs.gates import Gates
 from stillroom.runs.observer import Observer
 from stillroom.runs.planning import Prepared
 from stillroom.targets.codecs import Codec, HiddenCodec, TextCodec, TopKCodec, measure_error
@@ -91,9 +93,11 @@ def _codec(prepared: Prepared) -> Codec:
 class Collector:
     """Runs the stage for one run."""
 
-    def __init__(self, run: Run, prepared: Prepared, teacher: LocalTeacher, ledger: Ledger, observer: Observer, stop: StopRequest) -> None:
+    def __init__(
+        self, run: Run, prepared: Prepared, teacher: LocalTeacher, ledger: Ledger, gates: Gates, observer: Observer, stop: StopRequest
+    ) -> None:
         self.run, self.prepared, self.teacher, self.ledger = run, prepared, teacher, ledger
-        self.observer, self.stop = observer, stop
+        self.gates, self.observer, self.stop = gates, observer, stop
         identity = store_identity(prepared)
         head = head_as_arrays(teacher_head_arrays(teacher.model, teacher.vocabulary.size)) if identity.codec.kind == "hidden" else None
         self.store = TargetStore.create_or_resume(run.store_path, identity, head)
@@ -233,8 +237,9 @@ class Collector:
             sampling=sampling_of(prepared),
             prompt_source=PromptSource(name=prepared.prompts.source, sha256=prepared.prompts.source_sha256),
             signal=prepared.plan.signal.kind,
-            terms=() if prepared.terms is None else (prepared.terms.sha256,),
+            terms=digests_of(prepared.verdict),
             decision=prepared.verdict.sha256,
+            access=Access(account=prepared.recipe.intent.account),
         )
 
     def _collected(self, record: str, answered: _Answered) -> Collected:
@@ -252,11 +257,12 @@ class Collector:
         curated = curate((_candidate(line, self.prepared.context_tokens) for line in lines), max_tokens=self.prepared.context_tokens)
         reasons = {candidate.id: reason for candidate, reason in curated.dropped if candidate.id in self.store}
         kept = {candidate.id for candidate in curated.kept}
+        verdict = self.gates.admit([candidate.id for candidate in curated.kept], self.ledger)
         self.ledger.append(
             [Frozen(record_id=candidate.id) for candidate in curated.kept]
             + [Frozen(record_id=record, reason=reason) for record, reason in reasons.items() if record not in kept]
         )
-        transfer_set = freeze(curated, self.ledger, decision=self.prepared.verdict.sha256)
+        transfer_set = freeze(curated, self.ledger, decision=verdict.sha256)
         transfer_set.save(self.run.transfer_set_path)
         return transfer_set
 

@@ -1,6 +1,6 @@
 """The run directory: what is in it, what state it is in, and how it is opened.
 
-    recipe.json  plan.json  decision.json  env.json           plan
+    recipe.json  plan.json  decision*  decisions/  env.json   plan     (decisions are added to at every gate)
     targets/  ledger.jsonl  collect.jsonl  transfer_set.json  collect
     metrics.jsonl  tensorboard/  checkpoints/  student/       train    (label_only/ holds the baseline's own)
     evals/*.json  samples.jsonl                               evaluate
@@ -123,6 +123,10 @@ class Run:
     @property
     def decision_path(self) -> Path:
         return self.directory / "decision.json"
+
+    @property
+    def decisions_path(self) -> Path:
+        return self.directory / "decisions"
 
     @property
     def env_path(self) -> Path:

@@ -126,7 +126,8 @@ class Loop:
     """Trains `student` on `records` and keeps metrics.jsonl and checkpoints/ under `directory`.
 
     `consumed(record_ids)` is called with the records of finished steps before the checkpoint that covers them is published, so that a ledger
-    which refuses repeats holds every record that reached the weights.
+    which refuses repeats holds every record that reached the weights. `admitted(record_ids)` is called with all records whenever the loop begins or
+    is resumed, and raises where one of them may not be learned from.
     """
 
     def __init__(
@@ -142,16 +143,18 @@ class Loop:
         observer: Observer,
         stop: StopRequest,
         consumed: Callable[[Sequence[str]], None] = lambda _: None,
+        admitted: Callable[[Sequence[str]], object] = lambda _: None,
     ) -> None:
         self.student, self.objective, self.source = student, objective, source
         self.records, self.validation, self.settings = records, validation, settings
-        self.directory, self.observer, self.stop, self.consumed = directory, observer, stop, consumed
+        self.directory, self.observer, self.stop, self.consumed, self.admitted = directory, observer, stop, consumed, admitted
         self.progress = Progress(micro_batch=settings.micro_batch)
         self._since_checkpoint: list[str] = []
         self._tensorboard: Any = None
 
     def run(self) -> Progress:
-        """Trains to the end (or to early stopping) from the last checkpoint. Raises Interrupted, DivergedError, ResourceError."""
+        """Trains to the end (or to early stopping) from the last checkpoint. Raises Interrupted, DivergedError, ResourceError, what `admitted` does."""
+        self.admitted([*self.records, *self.validation])
         self._resume()
         try:
             self._train()

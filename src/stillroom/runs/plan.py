@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from stillroom.runs.documented import Documented
 from stillroom.runs.report import Decision
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class ModelFacts(_Part):
+class ModelFacts(Documented):
     """One model, as described without loading its weights."""
 
     source: str
@@ -30,7 +27,7 @@ class ModelFacts(_Part):
     weights_sha256: str | None
 
 
-class VocabularyFacts(_Part):
+class VocabularyFacts(Documented):
     """What the two tokenizers have in common, which is everything."""
 
     size: int
@@ -40,7 +37,7 @@ class VocabularyFacts(_Part):
     fingerprint: str
 
 
-class Signal(_Part):
+class Signal(Documented):
     """What is kept of the teacher."""
 
     kind: Literal["text", "top_k", "hidden", "full"]
@@ -51,7 +48,7 @@ class Signal(_Part):
     why: str
 
 
-class PromptFacts(_Part):
+class PromptFacts(Documented):
     """What the teacher will be asked, and how long the answers are taken to be."""
 
     count: int
@@ -64,7 +61,7 @@ class PromptFacts(_Part):
     answer_tokens_why: str
 
 
-class Hardware(_Part):
+class Hardware(Documented):
     """Where it will run, and what was chosen for it."""
 
     device: str
@@ -76,7 +73,7 @@ class Hardware(_Part):
     why: str
 
 
-class Estimate(_Part):
+class Estimate(Documented):
     """Predicted, not measured."""
 
     seconds: dict[str, float]
@@ -89,19 +86,42 @@ class Estimate(_Part):
     how: str
 
 
-class Terms(_Part):
-    """The entitlement verdict, as plain text; decision.json has it whole."""
+class Terms(Documented):
+    """The entitlement verdict, in lines; decision.json has it whole."""
 
     outcome: str
+    """allow, allow-with-obligations, deny or unknown."""
+    teacher: str
+    """The name that its terms were looked up by."""
+    access: str
+    """How it is reached."""
     licence: str | None
-    document: str | None
-    read_on: str | None
+    """What its card declares, else the recipe."""
     reasons: list[str]
+    """The deciding one first, each with its clause, the text's title and date, the place in it, its address, and how well founded it is."""
     obligations: list[str]
+    """What the student must carry."""
+    changed_by: list[str]
+    """What would turn the answer into a yes."""
+    alternatives: list[str]
+    """Teachers that the same use is allowed with."""
     question: str | None
+    """The one thing that is missing, where the outcome is unknown."""
+    facts: list[str]
+    """What is known of the use."""
+    assertions: list[str]
+    """What somebody asserts that no terms define."""
+    instruments: list[str]
+    """Every record of terms that was asked, with its digest."""
+    warnings: list[str]
+    """Records that are stale, authorisations that count for nothing, rules of the house."""
+    catalogue: str
+    """Date of the catalogue of terms."""
+    decision: str
+    """SHA-256 of the decision, which names its file in decisions/."""
 
 
-class Plan(_Part):
+class Plan(Documented):
     """What a run will do, before anything is spent: the content of plan.json."""
 
     schema_version: Literal[1] = 1

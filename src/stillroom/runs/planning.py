@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerFast
 from stillroom.core import durable
 from stillroom.core.errors import DataError, ResourceError, StoreError
 from stillroom.data import LoadedPrompts, Prompt, load_prompts
-from stillroom.entitlement import TermsStatement, Verdict, decide, require
+from stillroom.entitlement.verdict import Verdict
 from stillroom.models.estimate import LabelOnlyWork, WorkEstimate, Workload, estimate, measure
 from stillroom.models.loading import (
     ModelDescription,
@@ -29,8 +29,9 @@ from stillroom.models.probing import Outline
 from stillroom.models.tokenizers import Renderer, load_tokenizer, vocabulary_of
 from stillroom.objectives.divergences import DIVERGENCES
 from stillroom.objectives.objective import Objective, WeightedTerm
-from stillroom.runs.plan import Estimate, Hardware, ModelFacts, Plan, PromptFacts, Signal, Terms, VocabularyFacts
-from stillroom.runs.recipe import ObjectiveSection, Recipe, TermsSection
+from stillroom.runs.entitling import decide_recipe, entitled, sources_of, terms_of
+from stillroom.runs.plan import Estimate, Hardware, ModelFacts, Plan, PromptFacts, Signal, VocabularyFacts
+from stillroom.runs.recipe import ObjectiveSection, Recipe
 from stillroom.runs.report import Decision
 from stillroom.targets.vocabulary import Vocabulary, require_same
 
@@ -65,7 +66,6 @@ class Prepared:
     recipe: Recipe
     plan: Plan
     verdict: Verdict
-    terms: TermsStatement | None
     teacher: ModelDescription
     teacher_vocabulary: Vocabulary
     student: StudentPlan
@@ -99,13 +99,13 @@ def prepare(recipe: Recipe, *, out: Path | None = None, planned: Plan | None = N
 
     `out` is where the run will be, so that the right disk is looked at; None: where the process is. `planned` is a plan made before: its decisions
     stand, so that a run that is resumed goes on as it began. With `gate`, the terms must allow learning from the teacher, or EntitlementDenied
-    or EntitlementUnknown is raised before anything else is looked at.
+    or EntitlementUnknown is raised before anything else is looked at, and again after a model was fetched whose card says what was not known.
     """
-    terms = _statement(recipe.terms)
+    # Of a teacher that is not a model here, and of a use that is no run, there is nothing to plan: the gate says why.
+    no_plan = recipe.terms.access != "weights" or recipe.intent.purpose == "evaluate"
+    decided = entitled if gate or no_plan else decide_recipe
+    verdict, sources = decided(recipe), sources_of(recipe)
     teacher = describe(recipe.teacher.model, recipe.teacher.revision)
-    verdict = decide(terms, teacher.licence)
-    if gate:
-        require(verdict)
     if planned is not None:
         _require_same_teacher(planned, teacher)
     tokenizer = load_tokenizer(recipe.teacher.model, recipe.teacher.revision)
@@ -113,16 +113,17 @@ def prepare(recipe: Recipe, *, out: Path | None = None, planned: Plan | None = N
     student = _plan_student(recipe, teacher, tokenizer, teacher_vocabulary)
     renderer = Renderer(tokenizer)
     prompts = load_prompts(recipe.prompts.path, dataset=recipe.prompts.dataset, split=recipe.prompts.split, limit=recipe.prompts.limit)
+    if sources_of(recipe) != sources:  # a card came with what was fetched
+        verdict = decided(recipe)
     if planned is not None:
         _require_same_prompts(planned, prompts)
     objective = objective_of(recipe.objective)
     if planned is None:
-        planned = _Planner(recipe, out or Path.cwd(), teacher, student, teacher_vocabulary, renderer, prompts, objective).plan(verdict, terms)
+        planned = _Planner(recipe, out or Path.cwd(), teacher, student, teacher_vocabulary, renderer, prompts, objective).plan(verdict)
     return Prepared(
         recipe=recipe,
         plan=planned,
         verdict=verdict,
-        terms=terms,
         teacher=teacher,
         teacher_vocabulary=teacher_vocabulary,
         student=student,
@@ -163,18 +164,6 @@ def objective_of(section: ObjectiveSection) -> Objective:
         terms.append(WeightedTerm(divergence=DIVERGENCES[term.divergence](**arguments), weight=term.weight))
     return Objective(
         terms=tuple(terms), match_temperature=section.match_temperature, scale_by_temperature_squared=section.scale_by_temperature_squared
-    )
-
-
-def _statement(terms: TermsSection | None) -> TermsStatement | None:
-    if terms is None:
-        return None
-    return TermsStatement(
-        licence=terms.licence,
-        distillation=terms.distillation,
-        document=terms.document,
-        read_on=terms.read_on,
-        obligations=terms.obligations,
     )
 
 
@@ -237,7 +226,7 @@ class _Planner:
         self.prompt_lengths: list[int] = []
         self.answer_lengths: list[int] = []
 
-    def plan(self, verdict: Verdict, terms: TermsStatement | None) -> Plan:
+    def plan(self, verdict: Verdict) -> Plan:
         """The whole page."""
         recipe = self.recipe
         facts = self._prompts()
@@ -258,7 +247,7 @@ class _Planner:
                 student_rows=self.student.shape.rows,
                 fingerprint=self.vocabulary.fingerprint,
             ),
-            terms=_terms_facts(verdict, terms),
+            terms=terms_of(recipe, verdict),
             prompts=facts,
             signal=signal,
             objective=_described(self.objective),
@@ -524,18 +513,6 @@ def _facts_of_description(model: ModelDescription) -> ModelFacts:
         rows=model.shape.rows,
         licence=model.licence,
         weights_sha256=model.weights_sha256,
-    )
-
-
-def _terms_facts(verdict: Verdict, terms: TermsStatement | None) -> Terms:
-    return Terms(
-        outcome=verdict.outcome,
-        licence=terms.licence if terms else None,
-        document=terms.document if terms else None,
-        read_on=terms.read_on if terms else None,
-        reasons=[f"{reason.clause} ({reason.evidence})" for reason in verdict.reasons],
-        obligations=list(verdict.obligations),
-        question=verdict.question,
     )
 
 

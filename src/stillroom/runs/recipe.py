@@ -6,21 +6,29 @@ Unknown keys are refused with the nearest known name. The canonical JSON of a re
 from __future__ import annotations
 
 import difflib
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from stillroom.core.errors import RecipeError
 from stillroom.core.hashing import canonical_json, sha256_hex
+from stillroom.entitlement.facts import FACTS, check_value
+from stillroom.runs.documented import Documented
 
 Positive: TypeAlias = Annotated[int, Field(gt=0)]
 Fraction: TypeAlias = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False)
+# Canonical JSON has no larger integers.
+_MOST = 2**53 - 1
+Name: TypeAlias = Annotated[str, Field(min_length=1)]
+
+
+class _Section(Documented):
+    model_config = ConfigDict(protected_namespaces=(), allow_inf_nan=False)
 
 
 class FromScratch(_Section):
@@ -93,19 +101,90 @@ class PromptsSection(_Section):
         return self
 
 
-class TermsSection(_Section):
-    """What the teacher's terms say about learning from it, as you read them. Without this section the answer is unknown, and a run stops."""
+class DatasetTerms(_Section):
+    """A dataset that the prompts or their answers come from."""
 
-    licence: str
-    """The licence or terms by name: an SPDX id where there is one."""
-    distillation: Literal["allowed", "allowed-with-obligations", "denied", "unknown"]
-    """Whether its outputs may train another model for your purpose."""
-    document: str | None = None
-    """Where the text can be read: an address or a file."""
-    read_on: str | None = None
-    """The date on which you read it, YYYY-MM-DD."""
-    obligations: tuple[str, ...] = ()
-    """What the student must carry (notice, name, display line)."""
+    name: Name
+    """Its hub id, or the name that the catalogue of terms knows it by."""
+    licence: str | None = None
+    """What it is under, where its card does not say."""
+
+
+class TermsSection(_Section):
+    """What is learned from, as far as terms depend on it; `stillroom terms check RECIPE` says what follows. Model cards are read by themselves."""
+
+    access: Annotated[str, Field(pattern=r"^(weights|(api|host|consumer):[A-Za-z0-9][A-Za-z0-9 ._-]*)$")] = "weights"
+    """How the teacher is reached: weights, api:PROVIDER (its maker's API), host:NAME (somebody else's servers), consumer:PROVIDER (a product for consumers)."""
+    model: str | None = None
+    """The name that the catalogue of terms knows the teacher by (a hub id, a service's model name), where teacher.model is not it."""
+    licence: str | None = None
+    """What the teacher is under, where its model card does not say: an SPDX id, or an id that the hub uses."""
+    base_model: str | None = None
+    """The same name for student.model."""
+    base_licence: str | None = None
+    """The same licence for student.model."""
+    datasets: tuple[DatasetTerms, ...] = ()
+    """Datasets that the prompts or their answers come from; prompts.dataset is one by itself."""
+    generated_on: date | None = None
+    """The day on which answers that are given were generated, YYYY-MM-DD: the terms of that day count too."""
+    authorisations: tuple[str, ...] = ()
+    """YAML files of written permissions; relative paths are relative to the recipe."""
+    catalogue: date | None = None
+    """Pins the date of the catalogue of terms: with another one nothing is decided."""
+
+
+class CompetesSection(_Section):
+    """Whether the student, or what it is used in, competes with the teacher's provider. No terms define it, so somebody has to say, and why."""
+
+    value: bool
+    """Whether it does."""
+    asserted_by: Annotated[str, Field(min_length=2)]
+    """Who says so: a name, or a role in your organisation."""
+    why: Annotated[str, Field(min_length=10)]
+    """The reason, in a sentence; it is kept with the decision."""
+
+
+class IntentSection(_Section):
+    """What the student is for. State what you know: what is left out is asked for where it can change the answer."""
+
+    purpose: Literal["train", "evaluate"] | None = None
+    """Whether outputs train a model (the default) or only evaluate one; a run trains."""
+    task: Literal["general-llm", "narrow-generative", "classifier", "embedder", "non-language"] | None = None
+    """What the student will do."""
+    release: Literal["none", "internal", "hosted", "weights"] | None = None
+    """Who will be able to use it: nobody, your organisation, the public through a service, anybody who gets its weights."""
+    commercial: bool | None = None
+    """Whether it will be used commercially."""
+    competes: CompetesSection | None = None
+    publish_dataset: bool | None = None
+    """Whether the teacher's outputs themselves will be published."""
+    monthly_users: Annotated[int, Field(le=_MOST)] | None = None
+    """Monthly active users of your products, affiliates included."""
+    group_revenue_usd: Annotated[int, Field(le=_MOST)] | None = None
+    """Your group's revenue over the last 12 months, in US dollars."""
+    model_as_a_service: bool | None = None
+    """Whether you offer models as a service to others."""
+    assistant_business: bool | None = None
+    """Whether you offer a product that is an AI assistant for work."""
+    domicile: str | None = None
+    """The country you are established in, as a two-letter code."""
+    territories: tuple[str, ...] | None = None
+    """Countries in which the student will be used or offered, as two-letter codes."""
+    student_name: str | None = None
+    """The name that the student will be published under."""
+    holder: str | None = None
+    """Who accepts the terms, and whom written permissions are given to: a person or an organisation."""
+    account: str | None = None
+    """A pseudonym of the account that asks the teacher; it is entered in the ledger. Never a name or a key."""
+
+    @field_validator(*(name for name, fact in FACTS.items() if fact.stated and name != "competes"), mode="before")
+    @classmethod
+    def _as_the_fact_has_it(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is None:
+            return None
+        assert info.field_name is not None
+        checked = check_value(info.field_name, value)
+        return tuple(sorted(checked)) if isinstance(checked, frozenset) else checked
 
 
 class GenerationSection(_Section):
@@ -247,7 +326,8 @@ class Recipe(_Section):
     name: str = "student"
     """Names the run in its report, and its directory where --out is not given."""
     teacher: TeacherSection
-    terms: TermsSection | None = None
+    terms: TermsSection = TermsSection()
+    intent: IntentSection = IntentSection()
     student: StudentSection
     prompts: PromptsSection
     generation: GenerationSection = GenerationSection()
@@ -264,6 +344,14 @@ class Recipe(_Section):
     def _empty_sections_are_defaults(cls, tree: Any) -> Any:
         # A YAML section whose keys are all commented out reads as null.
         return {key: value for key, value in tree.items() if value is not None} if isinstance(tree, dict) else tree
+
+    @model_validator(mode="after")
+    def _a_day_is_for_answers_that_are_given(self) -> Recipe:
+        if self.terms.generated_on is not None and self.prompts.answers != "given":
+            raise ValueError(
+                "terms.generated_on is the day of answers that are given; here prompts.answers is teacher, which answers when the run does"
+            )
+        return self
 
     @property
     def sha256(self) -> str:
@@ -318,6 +406,7 @@ class Recipe(_Section):
             tree[section][key] = settle(tree[section][key])
         if tree["evaluation"]["label_only"]:
             tree["evaluation"]["label_only"]["path"] = settle(tree["evaluation"]["label_only"]["path"])
+        tree["terms"]["authorisations"] = [settle(path) for path in tree["terms"]["authorisations"]]
         return Recipe.model_validate(tree)
 
 

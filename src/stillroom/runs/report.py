@@ -7,16 +7,14 @@ from __future__ import annotations
 
 from typing import Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from stillroom.runs.documented import Documented
 
 SCHEMA_VERSION: Literal[1] = 1
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class Number(_Part):
+class Number(Documented):
     """A measured number."""
 
     value: float
@@ -31,7 +29,7 @@ class Number(_Part):
     """The file of the run directory it was computed from, or how it was measured."""
 
 
-class Absent(_Part):
+class Absent(Documented):
     """A number that is not there."""
 
     absent: str
@@ -41,14 +39,14 @@ class Absent(_Part):
 Maybe: TypeAlias = Number | Absent
 
 
-class ModelQuality(_Part):
+class ModelQuality(Documented):
     """How well one model does on the evaluation items."""
 
     exact_match: Maybe
     families: dict[str, Number] = Field(default_factory=dict)
 
 
-class Quality(_Part):
+class Quality(Documented):
     """All models on the same items, paired."""
 
     teacher: ModelQuality
@@ -61,7 +59,7 @@ class Quality(_Part):
     """(student - label_only) / (teacher - label_only)."""
 
 
-class Fidelity(_Part):
+class Fidelity(Documented):
     """How close the student's next-token distributions are to the teacher's, on the teacher's own held-out answers."""
 
     forward_kl_nats: Maybe
@@ -72,7 +70,7 @@ class Fidelity(_Part):
     """Mean of 1 - total variation: the expected acceptance when the student drafts for the teacher at temperature 1."""
 
 
-class ModelCost(_Part):
+class ModelCost(Documented):
     """What it takes to run one model."""
 
     parameters: Maybe
@@ -90,7 +88,7 @@ class ModelCost(_Part):
     """Of a fresh process that loads the model and answers, beyond what the libraries take."""
 
 
-class Ratios(_Part):
+class Ratios(Documented):
     """Teacher over student for sizes and times, student over teacher for speeds: above 1 the student is better."""
 
     parameters: Maybe
@@ -103,7 +101,7 @@ class Ratios(_Part):
     peak_memory_bytes: Maybe
 
 
-class Cost(_Part):
+class Cost(Documented):
     """Both models, measured on the same work, and their ratios."""
 
     teacher: ModelCost
@@ -111,7 +109,7 @@ class Cost(_Part):
     ratios: Ratios
 
 
-class Making(_Part):
+class Making(Documented):
     """What it took to make the student."""
 
     prompts: Number
@@ -125,7 +123,7 @@ class Making(_Part):
     money: Maybe
 
 
-class Sample(_Part):
+class Sample(Documented):
     """One evaluation item, side by side."""
 
     prompt: str
@@ -138,7 +136,7 @@ class Sample(_Part):
     agree: bool
 
 
-class CurvePoint(_Part):
+class CurvePoint(Documented):
     """One point of a training curve."""
 
     step: int
@@ -147,7 +145,7 @@ class CurvePoint(_Part):
     """Objective per scored token."""
 
 
-class Decision(_Part):
+class Decision(Documented):
     """Something that was chosen, or that went another way than asked for."""
 
     what: str
@@ -157,7 +155,7 @@ class Decision(_Part):
     """Whether something was lost or done less well than asked for."""
 
 
-class Provenance(_Part):
+class Provenance(Documented):
     """What everything was made from, and how to make it again."""
 
     recipe_sha256: str
@@ -180,7 +178,7 @@ class Provenance(_Part):
     """How to reproduce."""
 
 
-class Report(_Part):
+class Report(Documented):
     """A whole report."""
 
     schema_version: Literal[1] = SCHEMA_VERSION

@@ -17,6 +17,8 @@ from stillroom.evals.fidelity import FidelitySums
 from stillroom.evals.measured import Absence, Measured
 from stillroom.evals.tasks import ItemScores, accuracy, accuracy_by_family, gap_recovered
 from stillroom.runs.directory import Run
+from stillroom.runs.entitling import terms_of
+from stillroom.runs.gates import read_decision
 from stillroom.runs.plan import Plan
 from stillroom.runs.report import (
     Absent,
@@ -205,7 +207,9 @@ def _provenance(run: Run, plan: Plan, summary: Evaluation, training: Training) -
     environment = durable.read_json(run.env_path)
     transfer_set = TransferSet.load(run.transfer_set_path)
     recipe = run.recipe
-    terms = plan.terms
+    # What holds is the latest decision; the plan has the one that was made first.
+    verdict = read_decision(run.decision_path)
+    terms = terms_of(recipe, verdict).model_copy(update={"licence": plan.terms.licence})
     halvings = [
         Decision(what="training.micro_batch", chosen=str(halved.micro_batch), why=f"out of memory at step {halved.step}", degraded=True)
         for halved in training.halvings
@@ -219,14 +223,8 @@ def _provenance(run: Run, plan: Plan, summary: Evaluation, training: Training) -
         recipe_name=recipe.name,
         teacher=_identity(plan.teacher.model_dump()),
         student=_identity({**plan.student.model_dump(), "weights_sha256": training.weights_sha256}),
-        terms={
-            "licence": terms.licence,
-            "document": terms.document,
-            "read_on": terms.read_on,
-            "reasons": terms.reasons,
-            "obligations": terms.obligations,
-        },
-        verdict=terms.outcome,
+        terms=terms.model_dump(exclude={"outcome", "changed_by", "alternatives", "question"}),
+        verdict=verdict.outcome,
         seed=recipe.seed,
         versions=environment["versions"],
         machine=environment["machine"],
@@ -243,49 +241,3 @@ def _provenance(run: Run, plan: Plan, summary: Evaluation, training: Training) -
 def _identity(facts: dict[str, Any]) -> dict[str, str | int | None]:
     wanted = ("source", "kind", "architecture", "parameters", "layers", "width", "licence", "weights_sha256")
     return {name: facts[name] for name in wanted}
-
-
-# --- the student's card ---------------------------------------------------------------------------------------------------------------
-
-
-def student_card(report: Report) -> str:
-    """README.md of the student's directory: what it is, from whom it learned, how good it was found, what it must carry."""
-    provenance, quality = report.provenance, report.quality
-    lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "tags: [distillation, stillroom]",
-        "teachers:",
-        f"  - source: {json.dumps(Path(str(provenance.teacher['source'])).name)}",
-        f"    weights_sha256: {provenance.teacher['weights_sha256']}",
-        f"    licence: {json.dumps(provenance.terms['licence'])}",
-        "---",
-        "",
-        f"# {report.title}",
-        "",
-        f"A student of {provenance.student['parameters']:,} parameters, distilled by Stillroom from a teacher of {provenance.teacher['parameters']:,}.",
-        "",
-        "| on the evaluation items | exact match |",
-        "|---|---|",
-        *(f"| {name} | {_in_card(getattr(quality, field).exact_match)} |" for field, name in _CARD_ROWS),
-        "",
-        f"Gap recovered: {_in_card(quality.gap_recovered)}. Forward KL: {_in_card(report.fidelity.forward_kl_nats)} nats per token.",
-        "",
-        f"Terms of the teacher: {provenance.terms['licence']}, verdict {provenance.verdict}. This is not legal advice.",
-        *(f"- obligation: {obligation}" for obligation in provenance.terms["obligations"] or ()),
-        "",
-        f"Recipe {provenance.recipe_sha256}, transfer set {provenance.transfer_set_sha256}, ledger head {provenance.ledger_head}.",
-        "",
-    ]
-    return "\n".join(lines)
-
-
-_CARD_ROWS = (("teacher", "teacher"), ("student", "this model"), ("label_only", "its architecture on labels alone"))
-
-
-def _in_card(number: Maybe) -> str:
-    if isinstance(number, Absent):
-        return f"not measured: {number.absent}"
-    interval = f" [{number.low:.4f}, {number.high:.4f}], n = {number.n}" if number.low is not None and number.high is not None else ""
-    return f"{number.value:.4f}{interval}"

@@ -12,19 +12,20 @@ from stillroom.core import durable
 from stillroom.core.identities import Sampling
 from stillroom.core.interrupts import StopRequest
 from stillroom.data import Prompt, load_prompts
-from stillroom.entitlement import require
 from stillroom.ledger import Ledger
 from stillroom.models.loading import describe, load_model, silence
 from stillroom.models.local import LocalTeacher
 from stillroom.models.memory import release_memory
+from stillroom.runs.card import student_card
 from stillroom.runs.collecting import Collector
 from stillroom.runs.directory import STATES, Run, environment
 from stillroom.runs.evaluating import Evaluator
+from stillroom.runs.gates import Gates
 from stillroom.runs.observer import Observer
 from stillroom.runs.plan import Plan
 from stillroom.runs.planning import Prepared, prepare
 from stillroom.runs.recipe import Recipe
-from stillroom.runs.reporting import build_report, student_card
+from stillroom.runs.reporting import build_report
 from stillroom.runs.summaries import read
 from stillroom.runs.training import Trainer
 
@@ -51,6 +52,7 @@ class Stages:
 
     def __init__(self, run: Run, observer: Observer, stop: StopRequest) -> None:
         self.run, self.observer, self.stop = run, observer, stop
+        self.gates = Gates(run, observer)
         self._prepared: Prepared | None = None
 
     def run_until(self, until: str) -> Run:
@@ -75,6 +77,8 @@ class Stages:
             prepared = prepare(self.run.recipe, out=self.run.directory, planned=_plan_of(self.run), gate=True)
             torch.set_num_threads(prepared.plan.hardware.threads)
             torch.use_deterministic_algorithms(True, warn_only=True)
+            if self.run.state != "new":
+                self.gates.keep(prepared.verdict)
             self._prepared = prepared
         return self._prepared
 
@@ -85,27 +89,25 @@ class Stages:
         durable.require_free_bytes(self.run.directory, plan.estimate.disk_bytes, "targets, checkpoints and the student")
         durable.write_json_atomic(self.run.recipe_path, self.run.recipe.model_dump(mode="json"))
         durable.write_json_atomic(self.run.plan_path, plan.model_dump(mode="json"))
-        durable.write_json_atomic(self.run.decision_path, prepared.verdict.as_json())
+        self.gates.keep(prepared.verdict)
         durable.write_json_atomic(self.run.env_path, environment())
         for warning in plan.warnings:
             self.observer.note(f"warning: {warning}")
         self.observer.note(
-            f"terms: {plan.terms.outcome} ({plan.terms.licence}); teacher {plan.teacher.parameters:,} parameters, "
+            f"teacher {plan.teacher.parameters:,} parameters, "
             f"student {plan.student.parameters:,}; signal {plan.signal.kind}; about {sum(plan.estimate.seconds.values()) / 60:.1f} minutes"
         )
 
     def _collect(self) -> None:
         prepared = self.prepared
         self.observer.stage("collect", f"the teacher answers {prepared.plan.prompts.count:,} prompts")
-        Collector(self.run, prepared, self._teacher(), self._ledger(), self.observer, self.stop).collect()
+        Collector(self.run, prepared, self._teacher(), self._ledger(), self.gates, self.observer, self.stop).collect()
 
     def _train(self) -> None:
         prepared = self.prepared
-        # Gate 3: the verdict holds now, and every record is in the ledger (the trainer checks each).
-        require(prepared.verdict)
         live = prepared.plan.signal.live and prepared.plan.signal.kind != "text"
         teacher = self._teacher() if live or self.run.recipe.student.from_teacher is not None else None
-        Trainer(self.run, prepared, teacher, self._ledger(), self.observer, self.stop).train()
+        Trainer(self.run, prepared, teacher, self._ledger(), self.gates, self.observer, self.stop).train()
 
     def _evaluate(self) -> None:
         self.observer.stage("evaluate", "teacher, student and baseline on the same items")

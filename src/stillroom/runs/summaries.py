@@ -5,27 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from stillroom.core import durable
 from stillroom.core.errors import RunError
+from stillroom.runs.documented import Documented
 
 M = TypeVar("M", bound=BaseModel)
 
 
-class Halving(BaseModel):
+class Halving(Documented):
     """A micro-batch that did not fit into memory."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     step: int
     micro_batch: int
 
 
-class Training(BaseModel):
+class Training(Documented):
     """training.json: what the train stage did."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     steps: int
     scored_tokens: int
@@ -42,10 +39,8 @@ class Training(BaseModel):
     label_only_seconds: float | None
 
 
-class Evaluation(BaseModel):
+class Evaluation(Documented):
     """evals/summary.json: when the evaluate stage was done, and the ledger as it was then."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     seconds: float
     time: str

@@ -9,7 +9,8 @@ import yaml
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from stillroom.runs.recipe import FromScratch, LabelOnlySection, Recipe, TermsSection
+from stillroom.runs.documented import descriptions
+from stillroom.runs.recipe import CompetesSection, FromScratch, LabelOnlySection, Recipe
 
 _HEAD = """\
 # A recipe: everything a run depends on.
@@ -20,10 +21,31 @@ _HEAD = """\
 
 _EXAMPLES: dict[str, Any] = {
     "teacher.model": "path/to/teacher",
+    "terms.model": "owner/name",
     "terms.licence": "Apache-2.0",
-    "terms.distillation": "unknown",
-    "terms.document": "https://www.apache.org/licenses/LICENSE-2.0",
-    "terms.read_on": "2026-11-24",
+    "terms.base_model": "owner/name",
+    "terms.base_licence": "Apache-2.0",
+    "terms.datasets": [{"name": "owner/name", "licence": "CC-BY-4.0"}],
+    "terms.generated_on": "2026-11-24",
+    "terms.authorisations": ["authorisation.yaml"],
+    "terms.catalogue": "2026-11-24",
+    "intent.purpose": "train",
+    "intent.task": "narrow-generative",
+    "intent.release": "internal",
+    "intent.commercial": False,
+    "intent.competes.value": False,
+    "intent.competes.asserted_by": "head of product",
+    "intent.competes.why": "it sorts our own support mail and is sold to nobody",
+    "intent.publish_dataset": False,
+    "intent.monthly_users": 1000,
+    "intent.group_revenue_usd": 1000000,
+    "intent.model_as_a_service": False,
+    "intent.assistant_business": False,
+    "intent.domicile": "DE",
+    "intent.territories": ["DE", "US"],
+    "intent.student_name": "name",
+    "intent.holder": "Example Ltd",
+    "intent.account": "account-1",
     "student.from_scratch.layers": 4,
     "student.from_scratch.width": 256,
     "student.from_scratch.heads": 4,
@@ -33,9 +55,9 @@ _EXAMPLES: dict[str, Any] = {
     "evaluation.label_only.path": "labelled.jsonl",
 }
 # Optional sections and values that the template shows uncommented.
-_SHOWN = {"teacher.model", "terms", "terms.document", "terms.read_on", "student", "student.from_scratch", "prompts", "prompts.path"}
+_SHOWN = {"teacher.model", "student", "student.from_scratch", "prompts", "prompts.path"}
 _OPTIONAL_SECTIONS: dict[str, type[BaseModel]] = {
-    "terms": TermsSection,
+    "intent.competes": CompetesSection,
     "student.from_scratch": FromScratch,
     "evaluation.label_only": LabelOnlySection,
 }
@@ -55,7 +77,7 @@ def _section(model: type[BaseModel], prefix: str, depth: int, live: bool) -> lis
         section = _OPTIONAL_SECTIONS.get(key) or _as_section(info.annotation)
         if depth == 0:
             lines.append("")
-        lines.extend(_comment(info.description or (section.__doc__ if section else None), depth))
+        lines.extend(_comment(descriptions(model).get(name) or (section.__doc__ if section else None), depth))
         if section is not None:
             mark = "" if shown or (depth == 0 and live and key not in _OPTIONAL_SECTIONS) else "# "
             lines.append(f"{'  ' * depth}{mark}{name}:")

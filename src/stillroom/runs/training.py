@@ -25,6 +25,7 @@ from stillroom.objectives.divergences import cross_entropy
 from stillroom.objectives.objective import Objective, WeightedTerm
 from stillroom.runs.collecting import request_of, store_identity
 from stillroom.runs.directory import Run
+from stillroom.runs.gates import Gates
 from stillroom.runs.loop import BatchSource, Loop, LoopSettings, Progress
 from stillroom.runs.observer import Observer
 from stillroom.runs.planning import Prepared
@@ -39,12 +40,14 @@ _UNREPORTED = "A student that is still being made by Stillroom; its report is no
 class Trainer:
     """Runs the stage for one run. `teacher` is needed where targets are live or the student starts from its layers."""
 
-    def __init__(self, run: Run, prepared: Prepared, teacher: LocalTeacher | None, ledger: Ledger, observer: Observer, stop: StopRequest) -> None:
+    def __init__(
+        self, run: Run, prepared: Prepared, teacher: LocalTeacher | None, ledger: Ledger, gates: Gates, observer: Observer, stop: StopRequest
+    ) -> None:
         self.run, self.prepared, self.teacher, self.ledger = run, prepared, teacher, ledger
-        self.observer, self.stop = observer, stop
+        self.gates, self.observer, self.stop = gates, observer, stop
 
     def train(self) -> None:
-        """Student, then baseline, then training.json. Every record that is used must be in the ledger: gate 3."""
+        """Student, then baseline, then training.json. Every record that is used must be in the ledger, and its decision must hold: gate 3."""
         transfer_set = TransferSet.load(self.run.transfer_set_path)
         store = TargetStore.open(self.run.store_path, store_identity(self.prepared))
         transfer_set.require_backed(self.ledger, store)
@@ -81,6 +84,7 @@ class Trainer:
             observer=self.observer,
             stop=self.stop,
             consumed=self._enter,
+            admitted=lambda records: self.gates.admit(records, self.ledger),
         ).run()
         self._export(student.model, "student")
         return progress

@@ -171,10 +171,20 @@ def obligations(report: Node) -> Html:
     terms: Mapping[str, Any] = node.get("terms") or {}
     owed = terms.get("obligations") or []
     owed = [owed] if isinstance(owed, str) else owed
-    names = {"licence": "Licence or terms", "distillation": "Distillation", "document": "Document", "read_on": "Read on", "reasons": "Why"}
-    rows = [
-        (names.get(key, key.replace("_", " ").capitalize()), _document(terms[key])) for key in _ordered(tuple(names), terms) if key != "obligations"
-    ]
+    names = {
+        "teacher": "Looked up as",
+        "access": "Reached through",
+        "licence": "Licence declared",
+        "reasons": "Why",
+        "facts": "Known of the use",
+        "assertions": "Asserted",
+        "warnings": "Mind",
+        "instruments": "Records asked, with their digests",
+        "catalogue": "Catalogue of",
+        "decision": "Decision, SHA-256",
+    }
+    told = [key for key in _ordered(tuple(names), terms) if key != "obligations" and terms[key] != []]
+    rows = [(names.get(key, key.replace("_", " ").capitalize()), terms[key]) for key in told]
     return section(
         "obligations",
         "Terms and obligations",
@@ -183,9 +193,3 @@ def obligations(report: Node) -> Html:
         el("h3", "Obligations"),
         el("ul", [el("li", el("bdi", str(entry))) for entry in owed]) if owed else el("p", "The terms as recorded ask for nothing."),
     )
-
-
-def _document(value: Any) -> Any:
-    if isinstance(value, str) and value.startswith("https://"):
-        return el("a", value, href=value, rel="noreferrer")
-    return value

@@ -1,0 +1,95 @@
+"""What the commands do that need the runs: they plan, run, report, publish, and print. Loaded when one of them is called (see later.py)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from stillroom import demo as bundled
+from stillroom import runs
+from stillroom.cli import view
+from stillroom.core import durable
+from stillroom.core.errors import RunError
+from stillroom.runs import publishing
+from stillroom.runs.directory import Run
+from stillroom.runs.recipe import Recipe
+from stillroom.runs.template import recipe_template
+
+
+def demo(out: Path, seed: int) -> None:
+    """Runs the bundled pair."""
+    recipe = bundled.prepare(out, seed)
+    finish(runs.run(recipe, out=out, observer=view.Screen(errors())))
+
+
+def init(out: Path) -> None:
+    """Writes the commented recipe. Raises RunError where `out` exists."""
+    if out.exists():
+        raise RunError("run-not-a-run", found=f"{out} exists", expected="a new file", do="Choose another --out, or move that file away.")
+    durable.write_bytes_atomic(out, recipe_template().encode())
+    output().print(f"Wrote {out}. Edit teacher, terms, student and prompts, then: stillroom plan {out}", soft_wrap=True, highlight=False)
+
+
+def plan(recipe: Path, as_json: bool) -> None:
+    """Prints the plan."""
+    found = runs.plan(Recipe.from_yaml(recipe))
+    if as_json:
+        print(json.dumps(found.model_dump(mode="json"), indent=2))
+    else:
+        output().print(view.plan_page(found))
+
+
+def stage(recipe: Path, out: Path | None, until: str, needs: str | None = None) -> Run:
+    """Takes a run up to a state."""
+    found = Recipe.from_yaml(recipe)
+    return runs.run(found, out=out or Path("runs") / found.name, until=until, needs=needs, observer=view.Screen(errors()))
+
+
+def finish(run: Run) -> None:
+    """Prints the main figures of a finished run, and where its files are."""
+    output().print(view.report_page(run.report))
+    output().print(f"Report   {run.page_path}\nStudent  {run.student_path}", soft_wrap=True, highlight=False)
+
+
+def compare(directory: Path, prompt: str | None, file: Path | None) -> None:
+    """Prints both answers to each prompt. Raises RunError unless there is one of `prompt` and `file`."""
+    if (prompt is None) == (file is None):
+        raise RunError("recipe-invalid", found="both or neither of --prompt and --file", expected="one of them", do="Give --prompt TEXT or --file F.")
+    output().print(view.side_by_side(runs.compare(Run.open(directory), prompt=prompt, file=file)))
+
+
+def publish(directory: Path, recipe: Path | None, check: bool) -> bool:
+    """Publishes, or only checks; prints each duty with whether it is met, and returns whether all are."""
+    settled = Recipe.from_yaml(recipe) if recipe is not None else None
+    if check:
+        published = publishing.check(directory, recipe=settled)
+    else:
+        published = publishing.publish(directory, recipe=settled, observer=view.Screen(errors()))
+    output().print(_account(published))
+    return not published.unmet
+
+
+def _account(published: publishing.Published) -> Table:
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row("student", Text(f"{published.name}, in {published.directory}"))
+    table.add_row("licence", Text(f"{published.licence.licence} is proposed: {published.licence.why}"))
+    for item in published.items:
+        table.add_row("met" if item.met else Text("NOT MET", style="red"), Text(item.what if item.met else f"{item.what}. {item.do}"))
+    table.add_row("files", Text(", ".join(published.files)))
+    return table
+
+
+def output() -> Console:
+    """Standard output."""
+    return Console()
+
+
+def errors() -> Console:
+    """Standard error."""
+    return Console(stderr=True)

@@ -237,7 +237,7 @@ def _random(shape: Shape, folder: Path, threads: int) -> dict[str, Any]:
     layers, width, feed_forward = shape.student
     return {
         "teacher": {"model": str(folder / "teacher")},
-        "terms": {"licence": "Apache-2.0", "distillation": "allowed"},
+        "terms": {"licence": "Apache-2.0"},
         "student": {"from_scratch": {"layers": layers, "width": width, "heads": width // 32, "feed_forward": feed_forward}},
         "prompts": {"path": _rows(folder / "prompts.jsonl", prompts)},
         "generation": {"max_new_tokens": shape.max_new_tokens, "sampling_temperature": 1.0},

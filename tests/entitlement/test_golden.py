@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import terms_cases
-from stillroom.entitlement.library import builtin
+from stillroom.entitlement.library import builtin, matches
 
 CASES = terms_cases.cases()
 
@@ -33,3 +36,8 @@ def test_case(case: dict[str, Any]) -> None:
 def test_every_record_has_a_case() -> None:
     asked = {instrument.split()[0] for case in CASES for instrument in terms_cases.decided(case).instruments}
     assert set(builtin().records) <= asked, f"no case for {sorted(set(builtin().records) - asked)}"
+
+
+@given(name=st.text("ab-", max_size=8), pattern=st.text("ab-*", max_size=6))
+def test_a_pattern_matches_as_a_shell_pattern_does(name: str, pattern: str) -> None:
+    assert matches(name, pattern) == fnmatchcase(name, pattern)

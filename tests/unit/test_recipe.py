@@ -165,3 +165,13 @@ def test_any_tree_is_a_recipe_or_a_recipe_error(tree: dict[str, Any]) -> None:
     with pytest.raises(RecipeError) as caught:
         Recipe.from_tree({key: value for key, value in tree.items() if key != "teacher"})
     assert caught.value.code in ("recipe-unknown-key", "recipe-invalid")
+
+
+def test_a_parameter_that_a_divergence_does_not_have_is_refused() -> None:
+    term = {"divergence": "forward_kl", "skew": 0.3}
+    with pytest.raises(RecipeError) as raised:
+        Recipe.from_tree(SMALLEST | {"objective": {"terms": [term]}})
+    assert "forward_kl has no skew" in str(raised.value)
+    kept = Recipe.from_tree(SMALLEST | {"objective": {"terms": [term | {"divergence": "skew_reverse_kl"}]}})
+    assert kept.objective.terms[0].arguments == {"alpha": 0.3}
+    assert Recipe.from_tree(kept.model_dump(mode="json")) == kept

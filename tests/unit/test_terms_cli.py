@@ -20,10 +20,13 @@ from stillroom.cli import main, terms
 from stillroom.core import clock
 from stillroom.core.hashing import sha256_hex
 from stillroom.entitlement.library import builtin
+from stillroom.entitlement.obligations import Item, LicenceProposal
 from stillroom.entitlement.search import search
 from stillroom.entitlement.store import TermsStore
 from stillroom.entitlement.verdict import Outcome, Verdict
+from stillroom.runs import publishing
 from stillroom.runs.entitling import decide_recipe
+from stillroom.runs.publishing import Published
 from stillroom.runs.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -338,7 +341,7 @@ def test_adding_in_place_of_ours_says_so(stillroom: Run) -> None:
         (OWN.replace("effect: permit", "effect: allow"), "own.yaml:14", "effect"),
         (OWN.replace("    title:", "    titel:"), "own.yaml:5", "did you mean 'title'?"),
         (OWN.replace("2026-10-01\n    url", "2026-13-01\n    url"), "own.yaml:6", "2026-13-01"),
-        (OWN.replace("fixed: true", "fixed: true\n    incorporates: [no-such-policy]"), "liefervertrag", "no-such-policy"),
+        (OWN.replace("fixed: true", "fixed: true\n    incorporates: [no-such-policy]"), "own.yaml:9", "no-such-policy"),
         (OWN.replace("        locator: § 4\n", ""), "own.yaml:12", "locator"),
         (OWN.replace("train-on-output,", "train-on-outputs,"), "own.yaml:15", "actions"),
     ],
@@ -417,6 +420,40 @@ def test_what_a_file_brings_in_does_not_act_on_the_terminal(stillroom: Run) -> N
 def test_a_narrow_terminal_gets_narrow_lines() -> None:
     verdict = Verdict(outcome="unknown", reasons=(), question="word " * 40, warnings=("warned " * 30,))
     assert max(map(len, terms.decision_lines(verdict, 60))) <= 60
+
+
+# --- publish --------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("met", [True, False])
+def test_publish_prints_each_duty_and_whether_it_is_met(met: bool, stillroom: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What publishing itself does is tested in tests/runs/test_publish.py; this is how its account is called for and shown."""
+    asked: list[tuple[str, Path, Recipe | None]] = []
+
+    def account(what: str) -> Callable[..., Published]:
+        def made(directory: Path, *, recipe: Recipe | None = None, observer: object = None) -> Published:
+            asked.append((what, directory, recipe))
+            return Published(
+                directory=directory / "student",
+                name="Llama-tiny-x",
+                licence=LicenceProposal(licence="Apache-2.0", why="nothing stands against it", rejected=()),
+                items=(Item(what="name-prefix [Llama]", met=True), Item(what="display", met=met, do="Show it")),
+                files=("README.md", "NOTICE"),
+            )
+
+        return made
+
+    monkeypatch.setattr(publishing, "publish", account("publish"))
+    monkeypatch.setattr(publishing, "check", account("check"))
+    code, out, _ = stillroom("publish", "run", *([] if met else ["--check", "--recipe", recipe(**ALLOWED)]))
+    assert code == (0 if met else 2)
+    assert asked == [("publish", Path("run"), None)] if met else asked == [("check", Path("run"), Recipe.from_yaml(Path("recipe.yaml")))]
+    flat = " ".join(out.split())
+    assert "student Llama-tiny-x, in run/student" in flat
+    assert "licence Apache-2.0 is proposed: nothing stands against it" in flat
+    assert "met name-prefix [Llama]" in flat
+    assert ("met display" if met else "NOT MET display. Show it") in flat
+    assert "files README.md, NOTICE" in flat
 
 
 # --- a base install -------------------------------------------------------------------------------------------------------------------

@@ -611,6 +611,29 @@ def test_any_condition_is_read_or_refused(tree: Any) -> None:
     never_a_traceback(lambda: [one.sha256 for one in parse_terms(yaml.safe_dump({"records": [record(clauses=[clause])]}), "any.yaml").records])
 
 
+@pytest.mark.parametrize(
+    "condition",
+    [
+        {"domicile": {"within": [["DE"]]}},
+        {"territories": {"within": [{"a": 1}]}},
+        {"monthly_users": {"over": 10**30}},
+        {"release": [["none"]]},
+        {"task": {"a": 1}},
+        {"any": {"task": "classifier"}},
+    ],
+    ids=str,
+)
+def test_a_condition_that_is_none_is_told_with_its_line(condition: Any) -> None:
+    clause = record()["clauses"][0] | {"when": condition}
+    with refused("terms-invalid", "f.yaml:", "when: "):
+        parse_terms(yaml.safe_dump({"records": [record(clauses=[clause])]}), "f.yaml")
+
+
+def test_a_house_rule_settles_a_fact_that_is_true_or_false() -> None:
+    with refused("terms-invalid", "f.yaml:2", "task"):
+        parse_terms("house_rules:\n- fact: task\n  value: true\n  when: {}\n  why: because\n", "f.yaml")
+
+
 @within
 @given(data=st.data())
 def test_a_file_that_was_cut_off_is_read_or_refused(data: st.DataObject, tmp_path: Path) -> None:

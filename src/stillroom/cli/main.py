@@ -19,14 +19,19 @@ if TYPE_CHECKING:
 else:
     commands = Later("stillroom.cli.commands")
 
-app = typer.Typer(
-    name="stillroom",
-    help="Distil a large language model into a small one, and keep the book on it.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
+
+def _typer() -> typer.Typer:
+    return typer.Typer(
+        name="stillroom",
+        help="Distil a large language model into a small one, and keep the book on it.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+    )
+
+
+app = _typer()
 
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (YAML); `stillroom init` writes one.")]
 OutOption = Annotated[Path | None, typer.Option("--out", help="Run directory; by default runs/NAME beside where you are.")]
@@ -122,7 +127,7 @@ def main() -> None:
     """Runs the command line; every StillroomError becomes its text on standard error and its exit code."""
     try:
         # A command that ends with typer.Exit hands its exit code back; the others hand back nothing.
-        code = app(standalone_mode=False)
+        code = _app_for(sys.argv[1:])(standalone_mode=False)
     except StillroomError as error:
         _errors().print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
@@ -138,6 +143,15 @@ def main() -> None:
         sys.exit(2)
     if code:
         sys.exit(code)
+
+
+def _app_for(words: list[str]) -> typer.Typer:
+    """The app; for `terms ...` one without all other commands, which take time to build and are not asked for."""
+    if words[:1] != [terms.info.name]:
+        return app
+    alone = _typer()
+    alone.add_typer(terms)
+    return alone
 
 
 def _errors() -> Any:

@@ -57,7 +57,7 @@ CODES: dict[str, str] = {
     "device-unavailable": "The device asked for is not there.",
     "diverged": "The loss became NaN or infinite.",
     "missing-extra": "An optional part of Stillroom is not installed.",
-    "terms-missing": "A file of terms does not exist or cannot be read, or a record asked for is not there.",
+    "terms-missing": "A file of terms cannot be read or written, or a record asked for is not there.",
     "terms-invalid": "A file of terms records is not what was expected.",
     "entitlement-denied": "The teacher's terms forbid this use.",
     "entitlement-unknown": "The teacher's terms are not known well enough to go on.",

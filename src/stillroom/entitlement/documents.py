@@ -345,8 +345,8 @@ def record_binds(record: Record) -> str:
 
 def in_force_since(record: Record) -> str:
     """The day from which it is in force; the year alone where that is all that is known."""
-    version = record.id.partition("@")[2]
-    return version if len(version) == 4 else record.effective.isoformat()
+    known_by_year = record.id.endswith(f"@{record.effective.year}") and (record.effective.month, record.effective.day) == (1, 1)
+    return str(record.effective.year) if known_by_year else record.effective.isoformat()
 
 
 def _identity(record: Record, page: _Page) -> list[tuple[str, str]]:

@@ -22,6 +22,8 @@ Condition: TypeAlias = Mapping[str, Any]
 
 _EU = frozenset("AT BE BG HR CY CZ DK EE FI FR DE GR HU IE IT LV LT LU MT NL PL PT RO SK SI ES SE".split())
 GROUPS = {"EU": _EU, "EEA": _EU | {"IS", "LI", "NO"}}
+# JSON holds no larger whole number exactly, and digests are made of JSON.
+_LARGEST = 2**53 - 1
 # Stands for every country that no condition names.
 _ELSEWHERE = "ZZ"
 
@@ -115,7 +117,7 @@ def check_value(name: str, value: Any) -> FactValue:
             return value
         case "choice" if value in fact.choices:
             return str(value)
-        case "number" if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        case "number" if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _LARGEST:
             return value
         case "country" if _is_country(value):
             return str(value)
@@ -213,7 +215,9 @@ def _check_test(name: str, fact: Fact, test: Any) -> None:
             raise ValueError(f"{name} is tested with {word or 'a value or a list of values'}, not with {', '.join(map(str, test))}")
         if word == "over":
             check_value(name, test["over"])
-        elif not isinstance(test["within"], list) or not all(code in GROUPS or _is_country(code) for code in test["within"]):
+        elif not isinstance(test["within"], list) or not all(
+            _is_country(code) or (isinstance(code, str) and code in GROUPS) for code in test["within"]
+        ):
             raise ValueError(f"{name}: `within` takes a list of two-letter country codes, EU or EEA, not {test['within']!r:.60}")
         return
     if fact.kind in ("number", "countries"):

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import date
-from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -166,7 +165,7 @@ class Catalogue:
     def subject(self, name: str) -> Subject | None:
         """What is known of a model or dataset: the entry whose matching name is the most specific."""
         lower = name.lower()
-        found = [(len(pattern), -at, entry) for at, entry in enumerate(self.subjects) for pattern in entry.names if fnmatchcase(lower, pattern)]
+        found = [(len(pattern), -at, entry) for at, entry in enumerate(self.subjects) for pattern in entry.names if matches(lower, pattern)]
         return max(found, key=lambda one: one[:2])[2] if found else None
 
     # --- what applies -----------------------------------------------------------------------------------------------------------------
@@ -334,6 +333,22 @@ class Catalogue:
 def builtin() -> Catalogue:
     """The catalogue that comes with Stillroom."""
     return Catalogue.of(read_terms(path) for path in sorted(CATALOGUE_FOLDER.glob("*.yaml")))
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a name is what a pattern says, in which * stands for any characters. Many patterns are tried once each: no time to compile them."""
+    first, *others = pattern.split("*")
+    if not others:
+        return name == pattern
+    if not name.startswith(first):
+        return False
+    at = len(first)
+    for part in others[:-1]:
+        found = name.find(part, at)
+        if found < 0:
+            return False
+        at = found + len(part)
+    return len(name) - at >= len(others[-1]) and name.endswith(others[-1])
 
 
 def written(name: str) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
@@ -13,17 +14,19 @@ from stillroom.core.errors import EntitlementError
 from stillroom.entitlement import records
 from stillroom.entitlement.records import CatalogueFile
 
-_Path: TypeAlias = tuple[str | int, ...]
 _Loader: type[Any] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_CONSTRUCTOR = yaml.constructor.SafeConstructor()
-_DEEPEST, _MOST_VALUES = 64, 200_000
+_TEXT = "tag:yaml.org,2002:str"
+# Conditions nest a few deep; PyYAML's own composer recurses without a limit, and dies where the stack ends.
+_DEEPEST = 50
+# Aliases of aliases unfold without end; a file with every instrument that there is would have some twenty thousand.
+_MOST_VALUES = 200_000
 
 
 def read_terms(path: Path) -> CatalogueFile:
     """The records, models and authorisations of a file. Raises EntitlementError 'terms-missing', 'terms-invalid' (file and line)."""
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # not UTF-8, and a null byte in the path, are ValueErrors
         raise EntitlementError(
             "terms-missing",
             found=f"{path}: {error}",
@@ -35,91 +38,124 @@ def read_terms(path: Path) -> CatalogueFile:
 
 def parse_terms(text: str, name: str) -> CatalogueFile:
     """The same from text; `name` is what errors call it."""
+    reader = _Reader(text, name)
     try:
-        _refuse_what_cannot_be_held(text, name)
-        root = yaml.compose(text, Loader=_Loader)
+        tree = reader.tree()
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{name}:{mark.line + 1}" if mark is not None else name
         raise _invalid(where, f"not YAML: {getattr(error, 'problem', None) or error}") from error
-    if root is None:
-        raise _invalid(name, "an empty file")
-    reader = _Reader(name)
-    tree = reader.plain(root, ())
     try:
         return CatalogueFile.model_validate(tree)
     except ValidationError as error:
-        raise _as_error(error, reader.lines, name) from error
-
-
-def _refuse_what_cannot_be_held(text: str, name: str) -> None:
-    """Nesting that would end the process, and anchors that hold themselves: told from the events, before anything recurses."""
-    depth, open_anchors, anchors = 0, [], set()
-    for event in yaml.parse(text, Loader=_Loader):
-        if isinstance(event, yaml.CollectionStartEvent):
-            depth += 1
-            open_anchors.append(event.anchor)
-            if depth > _DEEPEST:
-                raise _invalid(f"{name}:{_line(event)}", "nested too deeply")
-        elif isinstance(event, yaml.CollectionEndEvent):
-            depth -= 1
-            anchors.add(open_anchors.pop())
-        elif isinstance(event, yaml.AliasEvent) and event.anchor not in anchors:
-            raise _invalid(f"{name}:{_line(event)}", f"*{event.anchor} stands for nothing above it")
-        elif isinstance(event, yaml.ScalarEvent):
-            anchors.add(event.anchor)
+        raise _as_error(error, reader, tree) from error
 
 
 class _Reader:
-    """Plain values of nodes, with the line of each path noted. Keys that repeat are refused, and more values than a file of terms can have."""
+    """One YAML document as plain values, built from the parser's events, with the line of each value noted. Keys that repeat are refused."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, text: str, name: str) -> None:
         self.name = name
-        self.lines: dict[_Path, int] = {}
+        self._events: Iterator[Any] = yaml.parse(text, Loader=_Loader)
+        self._lines: dict[int, dict[str | int, int]] = {}
+        self._anchors: dict[str, tuple[Any, int]] = {}
+        self._count = 0
 
-    def plain(self, node: yaml.Node, path: _Path) -> Any:
-        """The value of a node and of what is in it."""
-        line = _line(node)
-        self.lines[path] = line
-        if len(self.lines) > _MOST_VALUES:
-            raise _invalid(
-                f"{self.name}:{line}", f"more values than a file of terms can have ({_MOST_VALUES:,}, aliases counted as often as they are used)"
-            )
-        if isinstance(node, yaml.MappingNode):
-            found: dict[str, Any] = {}
-            for key_node, value_node in node.value:
-                key, key_line = str(key_node.value), _line(key_node)
-                if key in found:
-                    raise _invalid(f"{self.name}:{key_line}", f"the key {key!r} twice")
-                found[key] = self.plain(value_node, (*path, key))
-                self.lines[(*path, key)] = key_line
-            return found
-        if isinstance(node, yaml.SequenceNode):
-            return [self.plain(child, (*path, index)) for index, child in enumerate(node.value)]
-        if node.tag == "tag:yaml.org,2002:str":
-            return node.value
+    def tree(self) -> Any:
+        """The value of the document. Raises yaml.YAMLError, and EntitlementError for what is YAML and still not to be read."""
+        next(self._events)
+        if isinstance(next(self._events), yaml.StreamEndEvent):
+            raise _invalid(self.name, "an empty file")
+        found = self._value(next(self._events), 0)
+        next(self._events)
+        if not isinstance(after := next(self._events), yaml.StreamEndEvent):
+            raise self._refusal(after, "a second document")
+        return found
+
+    def where(self, path: Iterable[str | int], tree: Any) -> str:
+        """The file and line of what stands at `path`, or of the innermost value around it that is there."""
+        line, here = 1, tree
+        for part in path:
+            known = self._lines.get(id(here), {})
+            if part not in known:
+                break
+            line, here = known[part], here[part]
+        return f"{self.name}:{line}"
+
+    def _value(self, event: Any, depth: int) -> Any:
+        self._count += 1
+        if depth > _DEEPEST:
+            raise self._refusal(event, "nested too deeply")
+        if self._count > _MOST_VALUES:
+            raise self._refusal(event, "more values than a file of terms can have")
+        if isinstance(event, yaml.AliasEvent):
+            return self._aliased(event)
+        before = self._count
+        if isinstance(event, yaml.MappingStartEvent):
+            found: Any = self._mapping(depth)
+        elif isinstance(event, yaml.SequenceStartEvent):
+            found = self._sequence(depth)
+        else:
+            found = self._scalar(event)
+        if event.anchor is not None:
+            self._anchors[event.anchor] = found, self._count - before
+        return found
+
+    def _mapping(self, depth: int) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        lines = self._lines[id(found)] = {}
+        while not isinstance(event := next(self._events), yaml.MappingEndEvent):
+            if not isinstance(event, yaml.ScalarEvent):
+                raise self._refusal(event, "a key that is not a word")
+            if event.value in found:
+                raise self._refusal(event, f"the key {event.value!r} twice")
+            lines[event.value] = _line(event)
+            found[event.value] = self._value(next(self._events), depth + 1)
+        return found
+
+    def _sequence(self, depth: int) -> list[Any]:
+        found: list[Any] = []
+        lines = self._lines[id(found)] = {}
+        while not isinstance(event := next(self._events), yaml.SequenceEndEvent):
+            lines[len(found)] = _line(event)
+            found.append(self._value(event, depth + 1))
+        return found
+
+    def _scalar(self, event: Any) -> Any:
+        tag, text = event.tag, event.value
+        if tag is None and event.implicit[0]:
+            tag = next((tag for tag, form in yaml.SafeLoader.yaml_implicit_resolvers.get(text[:1], ()) if form.match(text)), None)
+        if tag in (None, "!", _TEXT):
+            return text
         try:
-            return _CONSTRUCTOR.construct_object(node, deep=True)
-        except Exception as error:  # YAML's constructors raise what Python's raise: ValueError, IndexError, OverflowError
-            raise _invalid(f"{self.name}:{line}", f"{str(node.value)!r:.60} is no value: {getattr(error, 'problem', None) or error}") from error
+            return yaml.constructor.SafeConstructor().construct_object(yaml.ScalarNode(tag, text))
+        except (yaml.YAMLError, ValueError, LookupError, AttributeError) as error:  # the 13th month; a tag of somebody's own
+            raise self._refusal(event, f"{text[:60]!r} is not a {tag.rpartition(':')[2]}") from error
+
+    def _aliased(self, event: Any) -> Any:
+        if event.anchor not in self._anchors:
+            raise self._refusal(event, f"*{event.anchor} stands for nothing above it")
+        found, count = self._anchors[event.anchor]
+        self._count += count
+        return found
+
+    def _refusal(self, event: Any, found: str) -> EntitlementError:
+        return _invalid(f"{self.name}:{_line(event)}", found)
 
 
-def _line(where: Any) -> int:
-    """The line of an event or node, from 1."""
-    return int(where.start_mark.line) + 1
+def _line(event: Any) -> int:
+    line: int = event.start_mark.line
+    return line + 1
 
 
-def _as_error(error: ValidationError, lines: dict[_Path, int], name: str) -> EntitlementError:
+def _as_error(error: ValidationError, reader: _Reader, tree: Any) -> EntitlementError:
     errors = error.errors()
     first = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])
-    path: _Path = tuple(first["loc"])
-    while path and path not in lines:
-        path = path[:-1]
-    where = ".".join(str(part) for part in first["loc"])
+    path = ".".join(str(part) for part in first["loc"])
     text = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         text = f"unknown key{_nearest(str(first['loc'][-1]))}"
-    return _invalid(f"{name}:{lines.get(path, 1)}", f"{where or 'the file'}: {text}")
+    return _invalid(reader.where(first["loc"], tree), f"{path or 'the file'}: {text}")
 
 
 def _nearest(key: str) -> str:

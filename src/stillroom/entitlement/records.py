@@ -282,6 +282,8 @@ class HouseRule(_Part):
     def _known(cls, value: str, info: ValidationInfo) -> str:
         if value not in FACTS:
             raise ValueError(f"{value!r} is not a fact; the facts are {', '.join(FACTS)}")
+        if FACTS[value].kind != "flag":
+            raise ValueError(f"a rule settles a fact that is true or false, and {value} is not")
         return value
 
     @field_validator("when")

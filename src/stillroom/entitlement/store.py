@@ -103,7 +103,9 @@ class TermsStore:
         if file == CatalogueFile():
             raise _invalid(f"{path} has nothing in it", "records, models, aliases or authorisations", "Check that it is the right file.")
         _refuse_clash(path, file, {})
-        return file, self.catalogue().overlaid([file])
+        catalogue = self.catalogue()
+        _check_references(path, file, catalogue)
+        return file, catalogue.overlaid([file])
 
     # --- writing ----------------------------------------------------------------------------------------------------------------------
 
@@ -315,9 +317,27 @@ def _refuse_authorisations(path: Path, file: CatalogueFile) -> None:
         raise _invalid(f"{path} holds authorisations", "records, models, aliases or house rules", do)
 
 
+def _check_references(path: Path, file: CatalogueFile, catalogue: Catalogue) -> None:
+    families = {record.family for record in (*catalogue.records.values(), *file.records)}
+    named = [(record.id, family) for record in file.records for family in record.incorporates]
+    named += [(subject.names[0], family) for subject in file.models for family in subject.instruments]
+    named += [(alias.names[0], alias.family) for alias in file.aliases]
+    for who, family in named:
+        if family not in families:
+            found = f"{path}:{_line_with(path, family)}: {who} names {family}, of which there is no record"
+            raise _invalid(found, "the family of a record", "Add that record too, or correct the name; `stillroom terms list` has the ids.")
+
+
+def _line_with(path: Path, name: str) -> int:
+    """The first line of a file on which a name stands."""
+    alone = re.compile(rf"(?<![\w.+-]){re.escape(name)}(?![\w.+@-])")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return next((number for number, line in enumerate(lines, start=1) if alone.search(line)), 1)
+
+
 def _check_authorisation(path: Path, one: Attached, catalogue: Catalogue) -> None:
     permission = one.authorisation
-    where = f"{path}: the authorisation {permission.id}"
+    where = f"{path}:{_line_with(path, permission.id)}: the authorisation {permission.id}"
     families = {record.family for record in catalogue.records.values()}
     unknown = [name for name in permission.instruments if name not in families and name not in catalogue.records]
     if unknown:

@@ -18,7 +18,6 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
-from fnmatch import fnmatchcase
 from itertools import product
 from typing import Any, Literal, TypeAlias
 
@@ -26,7 +25,7 @@ from stillroom.core.errors import EntitlementDenied, EntitlementUnknown
 from stillroom.core.hashing import canonical_json, sha256_hex
 from stillroom.core.identities import Json
 from stillroom.entitlement.facts import FACTS, Condition, Facts, FactValue, describe_condition, domain, facts_of, holds, phrase
-from stillroom.entitlement.library import CATALOGUE_DATE, Applied, Catalogue, Gap, Source
+from stillroom.entitlement.library import CATALOGUE_DATE, Applied, Catalogue, Gap, Source, matches
 from stillroom.entitlement.records import GRADES, Action, Authorisation, Clause, DutyKind, Grade
 
 Outcome: TypeAlias = Literal["allow", "allow-with-obligations", "deny", "unknown"]
@@ -430,7 +429,7 @@ class _Case:
             attached.found_sha256 == permission.document_sha256
             and bool({one.record.family, one.record.id} & set(permission.instruments))
             and set(actions) <= set(permission.actions)
-            and any(fnmatchcase(one.source.name.lower(), model.lower()) for model in permission.models)
+            and any(matches(one.source.name.lower(), model.lower()) for model in permission.models)
             and all(permission.granted <= day <= permission.expires for day in days)
         )
         return holds(permission.scope, facts) if sound else False

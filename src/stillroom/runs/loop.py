@@ -325,7 +325,10 @@ def _added(parts: Sequence[StepSums]) -> StepSums:
         for name, nats in part.terms_nats.items():
             terms[name] = terms.get(name, 0.0) + nats
     return StepSums(
-        objective_nats=sum(part.objective_nats for part in parts), terms_nats=terms, scored_tokens=sum(part.scored_tokens for part in parts)
+        objective_nats=sum(part.objective_nats for part in parts),
+        terms_nats=terms,
+        scored_tokens=sum(part.scored_tokens for part in parts),
+        scored_weight=sum(part.scored_weight for part in parts),
     )
 
 

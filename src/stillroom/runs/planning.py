@@ -28,6 +28,7 @@ from stillroom.models.loading import (
 from stillroom.models.probing import Outline
 from stillroom.models.tokenizers import Renderer, load_tokenizer, vocabulary_of
 from stillroom.objectives.divergences import DIVERGENCES
+from stillroom.objectives.matching import STATE_MATCHES
 from stillroom.objectives.objective import Objective, WeightedTerm
 from stillroom.runs.entitling import decide_recipe, entitled, sources_of, terms_of
 from stillroom.runs.plan import Estimate, Hardware, ModelFacts, Plan, PromptFacts, Signal, VocabularyFacts
@@ -118,6 +119,8 @@ def prepare(recipe: Recipe, *, out: Path | None = None, planned: Plan | None = N
     if planned is not None:
         _require_same_prompts(planned, prompts)
     objective = objective_of(recipe.objective)
+    for match in objective.state_matches:
+        match.check_widths(student.shape.width, teacher.shape.width)
     if planned is None:
         planned = _Planner(recipe, out or Path.cwd(), teacher, student, teacher_vocabulary, renderer, prompts, objective).plan(verdict)
     return Prepared(
@@ -160,8 +163,7 @@ def objective_of(section: ObjectiveSection) -> Objective:
     """The recipe's objective as the objectives room has it."""
     terms = []
     for term in section.terms:
-        arguments = {"weight_on_teacher": term.weight_on_teacher} if term.divergence == "generalized_jsd" else {}
-        terms.append(WeightedTerm(divergence=DIVERGENCES[term.divergence](**arguments), weight=term.weight))
+        terms.append(WeightedTerm(divergence=(DIVERGENCES | STATE_MATCHES)[term.divergence](**term.arguments), weight=term.weight))
     return Objective(
         terms=tuple(terms), match_temperature=section.match_temperature, scale_by_temperature_squared=section.scale_by_temperature_squared
     )
@@ -340,7 +342,7 @@ class _Planner:
         if section.kind != "auto":
             return section.kind, "the recipe asks for it"
         possible = self.objective.required_kinds
-        if not any(term.divergence.softens for term in self.objective.terms):
+        if self.objective.reads_text_alone:
             return "text", "the objective reads the teacher's text alone"
         tokens = facts.count * facts.answer_tokens_assumed
         room = min(_STORE_MOST_BYTES, _STORE_SHARE_OF_FREE_DISK * durable.free_bytes(self.out))

@@ -209,15 +209,60 @@ class TargetsSection(_Section):
     """Ask the teacher again in every epoch instead of storing its targets."""
 
 
+# Which of a term's parameters its divergence has, and what the divergence calls those that have another name.
+_PARAMETERS = {
+    "generalized_jsd": ("weight_on_teacher",),
+    "skew_forward_kl": ("skew",),
+    "skew_reverse_kl": ("skew",),
+    "alpha_beta": ("alpha", "beta"),
+    "hidden_cosine": ("projection",),
+    "hidden_mse": ("projection",),
+}
+_CALLED = {"skew": "alpha", "projection": "learned"}
+
+
 class Term(_Section):
     """One term of the objective."""
 
-    divergence: Literal["forward_kl", "reverse_kl", "generalized_jsd", "cross_entropy"]
+    divergence: Literal[
+        "forward_kl",
+        "reverse_kl",
+        "generalized_jsd",
+        "skew_forward_kl",
+        "skew_reverse_kl",
+        "total_variation",
+        "alpha_beta",
+        "cross_entropy",
+        "hidden_cosine",
+        "hidden_mse",
+    ]
     """What is compared; docs/concepts.md has the formulas."""
     weight: Annotated[float, Field(gt=0.0)] = 1.0
     """Its factor in the sum."""
     weight_on_teacher: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
     """Only generalized_jsd: the share of the teacher in the mixture."""
+    skew: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
+    """Only skew_forward_kl and skew_reverse_kl: how much of the one is mixed into the other."""
+    alpha: Annotated[float, Field(ge=0.0)] = 0.5
+    """Only alpha_beta: the teacher's exponent."""
+    beta: Annotated[float, Field(ge=0.0)] = 0.5
+    """Only alpha_beta: the student's exponent."""
+    projection: bool = True
+    """Only hidden_cosine and hidden_mse: whether a projection is learned with the student; without one the widths must be equal."""
+
+    @model_validator(mode="after")
+    def _only_what_has_an_effect(self) -> Term:
+        known = {"divergence", "weight", *_PARAMETERS.get(self.divergence, ())}
+        stray = [name for name, field in type(self).model_fields.items() if name not in known and getattr(self, name) != field.default]
+        if stray:
+            raise ValueError(f"{self.divergence} has no {', '.join(stray)}")
+        return self
+
+    @property
+    def arguments(self) -> dict[str, float | bool]:
+        """The parameters of its divergence, as that takes them."""
+        names = _PARAMETERS.get(self.divergence, ())
+        return {_CALLED.get(name, name): getattr(self, name) for name in names}
 
 
 class ObjectiveSection(_Section):

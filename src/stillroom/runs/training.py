@@ -22,6 +22,7 @@ from stillroom.models.local import LocalTeacher
 from stillroom.models.memory import release_memory
 from stillroom.models.student import OptimiserSettings, TransformersStudent
 from stillroom.objectives.divergences import cross_entropy
+from stillroom.objectives.matching import StateMatch, new_projections
 from stillroom.objectives.objective import Objective, WeightedTerm
 from stillroom.runs.collecting import request_of, store_identity
 from stillroom.runs.directory import Run
@@ -71,7 +72,7 @@ class Trainer:
         durable.write_json_atomic(self.run.trained_path, done.model_dump(mode="json"))
 
     def _train_student(self, store: TargetStore, records: Sequence[str], validation: Sequence[str]) -> Progress:
-        student = self._student()
+        student = self._student(matches=self.prepared.objective.state_matches)
         self.observer.stage("train", f"{self.prepared.plan.student.parameters:,} parameters on {len(records):,} records, {self._steps:,} steps")
         progress = Loop(
             student,
@@ -97,7 +98,7 @@ class Trainer:
     def _steps(self) -> int:
         return self.prepared.plan.steps
 
-    def _student(self) -> TransformersStudent:
+    def _student(self, matches: Sequence[StateMatch] = ()) -> TransformersStudent:
         training = self.prepared.recipe.training
         settings = OptimiserSettings(weight_decay=training.weight_decay, betas=training.adam_betas, clip_norm=training.clip_norm)
         return TransformersStudent(
@@ -106,6 +107,9 @@ class Trainer:
             settings,
             dtype=self.prepared.dtype,
             rows_per_chunk=training.rows_per_chunk,
+            projections=new_projections(
+                matches, student_width=self.prepared.student.shape.width, teacher_width=self.prepared.teacher.shape.width, seed=self._seed
+            ),
         )
 
     def _settings(self, steps: int, records: int) -> LoopSettings:

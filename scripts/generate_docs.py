@@ -231,8 +231,8 @@ def text_of(node: ast.expr) -> str:
 def cli_page(app: typer.Typer) -> str:
     """The command line: every command with its arguments and options, read from the app itself."""
     group: Any = typer.main.get_command(app)
-    commands = {name: command for name, command in group.commands.items() if not command.hidden}
-    rows = [(f"[`stillroom {name}`](#stillroom-{name})", first_sentence(command.help)) for name, command in commands.items()]
+    commands = dict(_commands(group, ""))
+    rows = [(f"[`stillroom {name}`](#{anchor(f'stillroom {name}')})", first_sentence(command.help)) for name, command in commands.items()]
     body = table(("command", "what it does"), rows)
     for name, command in commands.items():
         body += ["", f"## stillroom {name}", "", "    " + usage(name, command), "", flow(command.help or ""), "", *_parameters(command)]
@@ -240,9 +240,21 @@ def cli_page(app: typer.Typer) -> str:
     return page("Command line", flow(group.help or ""), body)
 
 
+def _commands(group: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """Every command that can be given, those of a group below it."""
+    for name, command in group.commands.items():
+        if command.hidden:
+            continue
+        if hasattr(command, "commands"):
+            yield from _commands(command, f"{prefix}{name} ")
+        else:
+            yield f"{prefix}{name}", command
+
+
 EXIT_CODES = [
     ("0", "done"),
     ("2", "bad input: the message carries a code, see [errors](errors.md)"),
+    ("3", "only of `stillroom terms check`: allowed, with obligations"),
     ("4", "the teacher's terms deny this use"),
     ("5", "a fact about the teacher's terms is missing; the message asks for it"),
     ("130", "interrupted; the same command resumes"),

@@ -28,7 +28,7 @@ from stillroom.objectives.divergences import cross_entropy, forward_kl, generali
 from stillroom.objectives.objective import Objective, WeightedTerm
 from stillroom.objectives.tensors import as_arrays
 from stillroom.runs.sources import LiveSource, StoredSource, TextSource
-from stillroom.targets.codecs import Codec, HiddenCodec, TopKCodec
+from stillroom.targets.codecs import Codec, DrawnCodec, HiddenCodec, TopKCodec
 from stillroom.targets.kinds import FullTargets, HiddenTargets, TargetRequest, TopKTargets
 from stillroom.targets.protocols import Batch
 from stillroom.targets.rows import slice_targets
@@ -374,14 +374,26 @@ def test_no_gradient_reaches_a_token_through_a_row_before_it() -> None:
 # --- stored and live ------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("divergence", [forward_kl(), reverse_kl(), generalized_jsd(0.5)], ids=lambda divergence: divergence.name)
-@pytest.mark.parametrize("kind", ["hidden", "top_k"])
+REQUESTS = {
+    "hidden": TargetRequest(kind="hidden"),
+    "hidden int8": TargetRequest(kind="hidden", state_dtype="int8"),
+    "top_k": TargetRequest(kind="top_k", k=7),
+    "drawn": TargetRequest(kind="drawn", draws=30),
+}
+DIVERGENCES = [forward_kl(), reverse_kl(), generalized_jsd(0.5)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "divergence"),
+    [(kind, divergence) for kind, request in REQUESTS.items() for divergence in DIVERGENCES if request.kind in divergence.kinds],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
 @by_family
 def test_stored_is_live(family: str, kind: str, divergence: object, tmp_path: Path) -> None:
     """Targets through a store on disk, in two shards, read back in another order; live ones asked for batch by batch."""
     student, teacher = student_of(family), teacher_of(family)
     sequences = {record_id(sequence): sequence for sequence in some_sequences(10)}
-    request = TargetRequest(kind=kind, k=7)
+    request = REQUESTS[kind]
     stored = StoredSource(stored_targets(tmp_path / "targets", teacher, list(sequences.values()), request), teacher.vocabulary)
     live = LiveSource(teacher, sequences, request)
     objective = objective_of(divergence, cross_entropy())
@@ -389,11 +401,18 @@ def test_stored_is_live(family: str, kind: str, divergence: object, tmp_path: Pa
     batches = [order[:3], order[3:4], order[4:]]
     assert [stored.length(record) for record in order] == [live.length(record) for record in order]
     found = gradient_of(student, [stored.batch(records) for records in batches], objective)
-    assert_same(found, gradient_of(student, [live.batch(records) for records in batches], objective))
+    # States differ by float32's rounding with the company they are computed in; one that lies between two steps of int8 may fall to either side.
+    relative = 1e-3 if request.state_dtype == "int8" else RELATIVE
+    assert_same(found, gradient_of(student, [live.batch(records) for records in batches], objective), relative)
 
 
 def stored_targets(directory: Path, teacher: LocalTeacher, sequences: Sequence[TokenSequence], request: TargetRequest) -> TargetStore:
-    codec: Codec = HiddenCodec(width=48) if request.kind == "hidden" else TopKCodec(k=request.k)
+    codecs: dict[str, Codec] = {
+        "hidden": HiddenCodec(width=48, state_dtype=request.state_dtype),
+        "top_k": TopKCodec(k=max(request.k, 1)),
+        "drawn": DrawnCodec(draws=max(request.draws, 1)),
+    }
+    codec = codecs[request.kind]
     targets = as_arrays(teacher.targets(sequences, request))
     identity = StoreIdentity(
         teacher=teacher.ref,

@@ -36,6 +36,34 @@ def generalized_jsd(p: Sequence[float], q: Sequence[float], weight_on_teacher: f
     return w * forward_kl(p, mixture) + (1 - w) * forward_kl(q, mixture)
 
 
+def skew_forward_kl(p: Sequence[float], q: Sequence[float], alpha: float) -> float:
+    return forward_kl(p, [alpha * a + (1 - alpha) * b for a, b in zip(p, q, strict=True)])
+
+
+def skew_reverse_kl(p: Sequence[float], q: Sequence[float], alpha: float) -> float:
+    return forward_kl(q, [(1 - alpha) * a + alpha * b for a, b in zip(p, q, strict=True)])
+
+
+def total_variation(p: Sequence[float], q: Sequence[float]) -> float:
+    return math.fsum(abs(a - b) for a, b in zip(p, q, strict=True)) / 2
+
+
+def alpha_beta(p: Sequence[float], q: Sequence[float], alpha: float, beta: float) -> float:
+    """The four cases of Cichocki, Cruces and Amari 2011, equation 17, that the code accepts, each as it is printed there."""
+    return math.fsum(_alpha_beta_share(a, b, alpha, beta) for a, b in zip(p, q, strict=True) if a > 0 or b > 0)
+
+
+def _alpha_beta_share(a: float, b: float, alpha: float, beta: float) -> float:
+    if beta == 0:
+        powers = a**alpha * math.log(a**alpha / b**alpha) if a > 0 else 0.0
+        return (powers - a**alpha + b**alpha) / alpha**2
+    if alpha == 0:
+        a = a if a > 0 else math.exp(LOG_OF_ZERO)
+        return (b**beta * math.log(b**beta / a**beta) - b**beta + a**beta) / beta**2
+    s = alpha + beta
+    return -(a**alpha * b**beta - alpha / s * a**s - beta / s * b**s) / (alpha * beta)
+
+
 def cross_entropy(token: int, q: Sequence[float]) -> float:
     return -math.log(q[token])
 

@@ -6,19 +6,22 @@ import copy
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
 
 from stillroom.core.errors import RecipeError, StillroomError
-from stillroom.objectives.divergences import Divergence, cross_entropy, forward_kl, generalized_jsd, reverse_kl
+from stillroom.core.identities import TokenSequence
+from stillroom.objectives.divergences import Divergence, alpha_beta, cross_entropy, forward_kl, generalized_jsd, reverse_kl
 from stillroom.objectives.objective import Objective, WeightedTerm, backward_chunked, sums_chunked
 from stillroom.objectives.tensors import as_arrays
-from stillroom.targets.kinds import FullTargets, HiddenTargets, Targets, TeacherHead, TextTargets, TopKTargets
+from stillroom.targets.kinds import DrawnTargets, FullTargets, HiddenTargets, Targets, TeacherHead, TextTargets, TopKTargets
+from stillroom.targets.protocols import Batch
 from stillroom.targets.rows import slice_targets
 
 ROWS, SIZE, WIDTH = 23, 37, 8
-KINDS = pytest.mark.parametrize("kind", ["full", "hidden", "top_k", "text"])
+KINDS = pytest.mark.parametrize("kind", ["full", "hidden", "top_k", "drawn", "text"])
 
 
 def objective(*divergences: Divergence, **settings: object) -> Objective:
@@ -27,6 +30,7 @@ def objective(*divergences: Divergence, **settings: object) -> Objective:
 
 
 MIXED = objective(forward_kl(), cross_entropy(), generalized_jsd(0.3))
+GOALS = {"text": objective(cross_entropy()), "drawn": objective(forward_kl(), cross_entropy())}
 
 
 def targets_of(kind: str, rows: int = ROWS) -> Targets:
@@ -43,6 +47,22 @@ def targets_of(kind: str, rows: int = ROWS) -> Targets:
         kept_RK, ids_RK = log_probs_RV.topk(6)
         tail_R = log_probs_RV.scatter(-1, ids_RK, -torch.inf).logsumexp(-1)
         return TopKTargets(vocabulary="v", temperature=1.0, ids_RK=ids_RK.int(), log_probs_RK=kept_RK, tail_log_mass_R=tail_R)
+    if kind == "drawn":
+        counts_RV = torch.zeros(rows, SIZE, dtype=torch.int32)
+        ids_RN = torch.multinomial(log_probs_RV.exp(), 20, replacement=True, generator=generator) if rows else counts_RV[:, :20].long()
+        counts_RV.scatter_add_(1, ids_RN, torch.ones_like(ids_RN, dtype=torch.int32))
+        row_of_U, ids_U = counts_RV.nonzero(as_tuple=True)
+        offsets_R1 = torch.cat([torch.zeros(1, dtype=torch.int64), (counts_RV > 0).sum(1).cumsum(0)])
+        entropy_R = -(log_probs_RV.exp() * log_probs_RV).sum(-1)
+        return DrawnTargets(
+            vocabulary="v",
+            temperature=1.0,
+            draws=20,
+            offsets_R1=offsets_R1,
+            ids_U=ids_U.int(),
+            counts_U=counts_RV[row_of_U, ids_U],
+            entropy_R=entropy_R,
+        )
     return labels_of(rows)
 
 
@@ -80,7 +100,15 @@ def whole(student: Student, goal: Objective, targets: Targets, labels: TextTarge
     return total_R.sum().item()
 
 
-def chunked(student: Student, goal: Objective, targets: Targets, labels: TextTargets, divide_by: int, rows_per_chunk: int) -> float:
+def chunked(
+    student: Student,
+    goal: Objective,
+    targets: Targets,
+    labels: TextTargets,
+    divide_by: float,
+    rows_per_chunk: int,
+    weights_R: Tensor | numpy.ndarray | None = None,
+) -> float:
     hidden_RD = student.hidden(len(labels.token_ids_R))
     gradient_RD, sums = backward_chunked(
         hidden_RD.detach(),
@@ -91,7 +119,9 @@ def chunked(student: Student, goal: Objective, targets: Targets, labels: TextTar
         labels=labels,
         divide_by=divide_by,
         rows_per_chunk=rows_per_chunk,
+        weights_R=weights_R,
     )
+    assert sums.scored_weight == (len(hidden_RD) if weights_R is None else float(weights_R.sum()))
     hidden_RD.backward(gradient_RD)
     return sums.objective_nats
 
@@ -110,7 +140,7 @@ def assert_close(one: dict[str, Tensor], other: dict[str, Tensor], relative: flo
 @pytest.mark.parametrize("rows_per_chunk", [1, 5, 22, 23, 1000])
 def test_chunked_is_whole(kind: str, rows_per_chunk: int) -> None:
     """Among them a last chunk of 3 rows, of one row, and chunks of one row."""
-    goal = objective(cross_entropy()) if kind == "text" else MIXED
+    goal = GOALS.get(kind, MIXED)
     one, other = Student(padded=3, bias=True), Student(padded=3, bias=True)
     value = whole(one, goal, targets_of(kind), labels_of(), 17)
     assert chunked(other, goal, targets_of(kind), labels_of(), 17, rows_per_chunk) == pytest.approx(value, rel=1e-6)
@@ -151,7 +181,7 @@ def test_chunked_is_whole_for_a_head_with_an_adapter() -> None:
 @KINDS
 @pytest.mark.parametrize("rows", [0, 1])
 def test_no_rows_and_one_row(kind: str, rows: int) -> None:
-    goal = objective(cross_entropy()) if kind == "text" else MIXED
+    goal = GOALS.get(kind, MIXED)
     student = Student()
     value = chunked(student, goal, targets_of(kind, rows), labels_of(rows), 1, 4)
     assert all(gradient.isfinite().all() for gradient in gradients(student).values())
@@ -190,6 +220,54 @@ def test_accumulating_two_parts_over_one_count_is_the_token_mean_of_the_whole() 
         )
         hidden_RD.backward(gradient_RD)
     assert_close(gradients(one), gradients(other))
+
+
+# -- a weight for each row ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["full", "top_k", "drawn"])
+@pytest.mark.parametrize("rows_per_chunk", [4, ROWS])
+def test_a_row_of_weight_w_counts_as_w_rows(kind: str, rows_per_chunk: int) -> None:
+    """Repeated rows are the oracle: weight 0 is a row left out, 2 and 3 are rows given twice and three times."""
+    goal, targets, labels = GOALS.get(kind, MIXED), targets_of(kind), labels_of()
+    weights_R = torch.arange(ROWS) % 4
+    one, other = Student(bias=True), Student(bias=True)
+    total_R, _ = goal.rows(one.head(one.hidden()), targets, labels)
+    repeated_R = torch.repeat_interleave(total_R, weights_R)
+    repeated_R.mean().backward()
+    nats = chunked(other, goal, targets, labels, float(weights_R.sum()), rows_per_chunk, weights_R.float())
+    assert nats == pytest.approx(repeated_R.sum().item(), rel=1e-6)
+    assert_close(gradients(one), gradients(other))
+
+
+def test_weights_of_one_are_no_weights_and_numpy_weights_are_as_good() -> None:
+    results = []
+    for weights_R in (None, torch.ones(ROWS), numpy.ones(ROWS, dtype=numpy.float32)):
+        student = Student()
+        results.append((chunked(student, MIXED, targets_of("full"), labels_of(), ROWS, 5, weights_R), gradients(student)))
+    for nats, gradient in results[1:]:
+        assert nats == results[0][0]
+        assert all(torch.equal(gradient[name], results[0][1][name]) for name in gradient)
+
+
+def test_terms_are_summed_by_weight_and_rows_are_counted() -> None:
+    student, targets, labels = Student(), targets_of("full"), labels_of()
+    weights_R = torch.rand(ROWS, generator=torch.Generator().manual_seed(1))
+    _, terms_R = MIXED.rows(student.head(student.hidden()), targets, labels)
+    sums = sums_chunked(
+        student.hidden(), student.head, size=SIZE, objective=MIXED, targets=targets, labels=labels, rows_per_chunk=4, weights_R=weights_R
+    )
+    assert sums.terms_nats == pytest.approx({name: (nats_R * weights_R).sum().item() for name, nats_R in terms_R.items()}, rel=1e-5)
+    assert (sums.scored_tokens, sums.scored_weight) == (ROWS, pytest.approx(weights_R.sum().item()))
+
+
+def test_a_batch_says_what_its_rows_weigh() -> None:
+    sequences = (TokenSequence(ids=(1, 2, 3, 4), answer_spans=((2, 4),)), TokenSequence(ids=(5, 6), answer_spans=((1, 2),)))
+    batch = Batch(sequences=sequences, targets=labels_of(3), labels=labels_of(3))
+    assert (batch.scored_tokens, batch.scored_weight) == (3, 3.0)
+    assert replace(batch, weights_R=numpy.array([0.5, 0.0, 2.0])).scored_weight == 2.5
+    with pytest.raises(AssertionError, match="weights disagree"):
+        chunked(Student(), MIXED, targets_of("full"), labels_of(), ROWS, 5, torch.ones(ROWS - 1))
 
 
 @pytest.mark.parametrize("kind", ["full", "hidden", "top_k"])
@@ -276,18 +354,22 @@ def test_autocast_stops_at_the_head() -> None:
 
 
 def test_numpy_targets_are_as_good_as_tensors() -> None:
-    for kind in ("full", "hidden", "top_k"):
-        one = Student()
+    for kind in ("full", "hidden", "top_k", "drawn"):
+        one, goal = Student(), GOALS.get(kind, MIXED)
         other = copy.deepcopy(one)
-        first = chunked(one, MIXED, targets_of(kind), labels_of(), ROWS, 5)
-        second = chunked(other, MIXED, as_arrays(targets_of(kind)), as_arrays(labels_of()), ROWS, 5)
+        first = chunked(one, goal, targets_of(kind), labels_of(), ROWS, 5)
+        second = chunked(other, goal, as_arrays(targets_of(kind)), as_arrays(labels_of()), ROWS, 5)
         assert first == second
         assert all(torch.equal(gradient, gradients(other)[name]) for name, gradient in gradients(one).items())
 
 
 def test_required_kinds_and_check() -> None:
-    assert objective(cross_entropy()).required_kinds == ("text", "top_k", "hidden", "full")
+    assert objective(cross_entropy()).required_kinds == ("text", "sampled", "drawn", "top_k", "hidden", "full")
+    assert objective(forward_kl(), cross_entropy()).required_kinds == ("drawn", "top_k", "hidden", "full")
     assert MIXED.required_kinds == ("top_k", "hidden", "full")
+    assert objective(forward_kl(), alpha_beta(1.0, 0.5)).required_kinds == ("hidden", "full")
+    assert objective(cross_entropy()).reads_text_alone
+    assert not MIXED.reads_text_alone
     objective(cross_entropy()).check("text")
     MIXED.check("hidden", 1.0)
     replace(MIXED, match_temperature=2.0).check("top_k", 2.0)

@@ -24,6 +24,8 @@ from contract import markdown, source
 from stillroom.core import durable
 from stillroom.core.errors import ModelError, ResourceError, StoreError
 from stillroom.core.identities import ModelRef, Sampling, TokenSequence
+from stillroom.targets import checked
+from stillroom.targets import shards as shards_module
 from stillroom.targets.codecs import (
     Codec,
     CodecError,
@@ -38,7 +40,6 @@ from stillroom.targets.codecs import (
     encode,
     from_bfloat16,
     from_int8,
-    logit_bound_R,
     measure_error,
     to_bfloat16,
     to_int8,
@@ -312,6 +313,17 @@ def test_a_store_of_something_else_is_refused_with_the_difference(what: str, tmp
     assert contents(tmp_path / "s") == before
 
 
+def test_draws_of_another_number_or_seed_are_another_store(tmp_path: Path) -> None:
+    filled(tmp_path / "s", CODECS["drawn"])
+    for codec, field in (
+        (DrawnCodec(draws=DRAWS + 1), "codec.draws: 7 here, 8 asked for"),
+        (DrawnCodec(draws=DRAWS, seed=1), "codec.seed: 0 here, 1"),
+    ):
+        with pytest.raises(StoreError, match=field) as caught:
+            create(tmp_path / "s", codec)
+        assert caught.value.code == "store-mismatch"
+
+
 def test_differences_show_both_values_and_nothing_else() -> None:
     one = identity(TextCodec())
     two = replace(one, temperature=2.0, teacher=replace(TEACHER, weights_sha256="b" * 64))
@@ -345,15 +357,21 @@ def test_targets_of_another_vocabulary_temperature_or_head_are_refused(tmp_path:
 
 def test_what_is_no_number_is_never_stored(tmp_path: Path) -> None:
     of = TokenSequence(ids=(1, 2, 3), answer_spans=((1, 3),))
-    for name in ("hidden bfloat16", "hidden float32"):
-        states_RD = numpy.zeros((2, WIDTH), dtype=numpy.float32)
-        states_RD[1, 2] = numpy.nan
+    good = {name: targets(codec, of, numpy.random.default_rng(3)) for name, codec in CODECS.items()}
+    bad = {name: replace(good[name], states_RD=_broken(good[name].states_RD)) for name in good if name.startswith("hidden")}
+    bad |= {"drawn": replace(good["drawn"], entropy_R=_broken(good["drawn"].entropy_R))}
+    bad |= {"sampled": replace(good["sampled"], log_probs_R=_broken(good["sampled"].log_probs_R))}
+    for name, broken in bad.items():
         store = create(tmp_path / name, CODECS[name])
         with pytest.raises(ModelError, match="NaN"):
-            store.append_shard(
-                [StoredRecord(sequence=of, targets=HiddenTargets(vocabulary=VOCABULARY, temperature=1.0, states_RD=states_RD, head=HEAD))]
-            )
+            store.append_shard([StoredRecord(sequence=of, targets=broken)])
         assert len(TargetStore.open(tmp_path / name)) == 0
+
+
+def _broken(array: numpy.ndarray) -> numpy.ndarray:
+    broken = array.copy()
+    broken[1] = numpy.nan
+    return broken
 
 
 # -- damage ---------------------------------------------------------------------------------------------------------------
@@ -374,7 +392,10 @@ def flip(data: bytes, at: int, mask: int) -> bytes:
     return data[:at] + bytes([data[at] ^ mask]) + data[at + 1 :]
 
 
-FILES = ("manifest.json", "head.weight.npy", "head.bias.npy", "shards/00001.arrow")
+FILES = {
+    "hidden bfloat16": ("manifest.json", "head.weight.npy", "head.bias.npy", "shards/00001.index.arrow", "shards/00001.arrow"),
+    "drawn": ("manifest.json", "prior.npz", "shards/00001.index.arrow", "shards/00001.arrow"),
+}
 DAMAGES: dict[str, tuple[Callable[[bytes], bytes | None], str]] = {
     "missing": (lambda data: None, "is missing"),
     "empty": (lambda data: b"", "is empty|is not JSON"),
@@ -386,23 +407,32 @@ DAMAGES: dict[str, tuple[Callable[[bytes], bytes | None], str]] = {
 }
 
 
-@pytest.mark.parametrize("file", FILES)
+def read_everything(directory: Path) -> None:
+    """As a run does: nothing is asked to be checked."""
+    store = TargetStore.open(directory)
+    for record in store.record_ids:
+        store.read([record])
+
+
+@pytest.mark.parametrize(("name", "file"), [(name, file) for name, files in FILES.items() for file in files])
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_each_damage_is_named(file: str, damage: str, tmp_path: Path) -> None:
-    filled(tmp_path / "s", CODECS["hidden bfloat16"])
+def test_each_damage_is_named(name: str, file: str, damage: str, tmp_path: Path) -> None:
+    store, _ = filled(tmp_path / "s", CODECS[name])
+    store.verify()
     change, what = DAMAGES[damage]
     path = tmp_path / "s" / file
     put(path, change(path.read_bytes()))
-    with pytest.raises(StoreError) as caught:
-        TargetStore.open(tmp_path / "s")
-    assert caught.value.code == "store-corrupt"
-    assert f"{path} " in caught.value.found
-    assert re.search(what, caught.value.found)
+    for reading in (lambda: read_everything(tmp_path / "s"), store.verify):
+        with pytest.raises(StoreError) as caught:
+            reading()
+        assert caught.value.code == "store-corrupt"
+        assert f"{path} " in caught.value.found
+        assert re.search(what, caught.value.found)
 
 
 def test_a_file_that_is_not_of_the_store_is_named(tmp_path: Path) -> None:
     filled(tmp_path / "s", CODECS["text"])
-    for name in ("notes.txt", "shards/00004.arrow", "shards/copy of 00000.arrow", "head.weight.npy"):
+    for name in ("notes.txt", "shards/00004.arrow", "shards/copy of 00000.arrow", "head.weight.npy", "prior.npz"):
         path = tmp_path / "s" / name
         path.write_bytes(b"x")
         with pytest.raises(StoreError) as caught:
@@ -436,25 +466,50 @@ def test_the_manifest_of_another_store_does_not_serve(tmp_path: Path) -> None:
     for part in (5, 1, 4):
         store.append_shard(records(CODECS["top_k"], 30, seed=7)[len(store) : len(store) + part])
     put(tmp_path / "a" / "manifest.json", (tmp_path / "b" / "manifest.json").read_bytes())
-    with pytest.raises(StoreError, match=re.escape("00000.arrow")):
+    with pytest.raises(StoreError, match=re.escape("00000.")):
         TargetStore.open(tmp_path / "a")
+
+
+def test_shards_of_another_store_do_not_serve(tmp_path: Path) -> None:
+    """Of the same size, with an index of their own that fits them: the manifest knows them apart."""
+    for name, seed in (("a", 1), ("b", 2)):
+        create(tmp_path / name, TopKCodec(k=K)).append_shard(records_alike(4, seed))
+    for file in ("00000.arrow", "00000.index.arrow"):
+        put(tmp_path / "a" / "shards" / file, (tmp_path / "b" / "shards" / file).read_bytes())
+        with pytest.raises(StoreError, match=re.escape(f"{file} has been altered")):
+            read_everything(tmp_path / "a")
+        TargetStore.open(tmp_path / "b").verify()
+        if file == "00000.arrow":
+            put(tmp_path / "a" / "shards" / file, None)
+            create(tmp_path / "c", TopKCodec(k=K)).append_shard(records_alike(4, 1))
+            put(tmp_path / "a" / "shards" / file, (tmp_path / "c" / "shards" / file).read_bytes())
+
+
+def records_alike(count: int, seed: int) -> list[StoredRecord]:
+    """Records that take the same number of bytes whatever the seed."""
+    rng = numpy.random.default_rng(seed)
+    made = [TokenSequence(ids=tuple(rng.integers(0, SIZE, 9).tolist()), answer_spans=((4, 9),)) for _ in range(count)]
+    return [StoredRecord(sequence=of, targets=targets(CODECS["top_k"], of, rng)) for of in made]
 
 
 def test_two_shards_exchanged_are_found(tmp_path: Path) -> None:
     filled(tmp_path / "s", CODECS["top_k"], shards=(4, 4))
-    one, other = (tmp_path / "s" / "shards" / f"0000{i}.arrow" for i in (0, 1))
-    first, second = one.read_bytes(), other.read_bytes()
-    put(one, second)
-    put(other, first)
-    with pytest.raises(StoreError, match=re.escape("00000.arrow")):
-        TargetStore.open(tmp_path / "s")
+    for kind in ("arrow", "index.arrow"):
+        one, other = (tmp_path / "s" / "shards" / f"0000{i}.{kind}" for i in (0, 1))
+        first, second = one.read_bytes(), other.read_bytes()
+        put(one, second)
+        put(other, first)
+        with pytest.raises(StoreError, match=re.escape(f"00000.{kind}")):
+            read_everything(tmp_path / "s")
+        put(one, first)
+        put(other, second)
 
 
 def test_a_manifest_of_a_later_schema_is_named_as_such(tmp_path: Path) -> None:
     store, _ = filled(tmp_path / "s", CODECS["text"])
     path = tmp_path / "s" / "manifest.json"
-    put(path, path.read_bytes().replace(b'"schema": 1', b'"schema": 2'))
-    with pytest.raises(StoreError, match="schema 2"):
+    put(path, path.read_bytes().replace(b'"schema": 2', b'"schema": 3'))
+    with pytest.raises(StoreError, match="schema 3"):
         TargetStore.open(store.directory)
 
 
@@ -500,41 +555,73 @@ def mutate(directory: Path, whole: dict[str, bytes], rng: numpy.random.Generator
     return name
 
 
-def _mutations(directory: Path, count: int) -> None:
-    store, made = filled(directory, CODECS["hidden bfloat16"], shards=(3, 2))
-    whole = contents(directory)
-    rng = numpy.random.default_rng(20)
-    for _ in range(count):
-        name = mutate(directory, whole, rng)
-        with pytest.raises(StoreError) as caught:
-            TargetStore.open(directory, store.identity)
-        assert caught.value.code == "store-corrupt"
-        assert f"{directory / name} " in caught.value.found
-        put(directory / name, whole[name])
-    assert_holds(TargetStore.open(directory), made)
+def _mutations(directory: Path, codec: Codec, count: int, block_bytes: int) -> None:
+    """Every mutation is found by reading the records one by one, and named; and what is read before it is found is as it was written."""
+    with pytest.MonkeyPatch.context() as patch:
+        # Blocks of which these small files have many.
+        for module in (checked, shards_module):
+            patch.setattr(module, "BLOCK_BYTES", block_bytes)
+        store, made = filled(directory, codec, shards=(3, 2))
+        whole = contents(directory)
+        rng = numpy.random.default_rng(20)
+        for _ in range(count):
+            name = mutate(directory, whole, rng)
+            with pytest.raises(StoreError) as caught:
+                _read_then_verify(directory, made)
+            assert caught.value.code == "store-corrupt"
+            assert f"{directory / name} " in caught.value.found
+            put(directory / name, whole[name])
+        assert_holds(TargetStore.open(directory), made)
 
 
-def test_random_damage_is_always_found_and_named(tmp_path: Path) -> None:
-    _mutations(tmp_path / "s", 400)
+def _read_then_verify(directory: Path, made: Sequence[StoredRecord]) -> None:
+    opened = TargetStore.open(directory)
+    for record in made:
+        assert_holds(opened, [record])
+    # A byte of padding in a block without any number is used by nobody.
+    opened.verify()
+
+
+@pytest.mark.parametrize("name", ["hidden bfloat16", "drawn"])
+@pytest.mark.parametrize("block_bytes", [128, 1 << 20])
+def test_random_damage_is_always_found_and_named(name: str, block_bytes: int, tmp_path: Path) -> None:
+    _mutations(tmp_path / "s", CODECS[name], 150, block_bytes)
 
 
 @pytest.mark.soak
-def test_much_random_damage_is_always_found_and_named(tmp_path: Path) -> None:
-    _mutations(tmp_path / "s", 6_000)
+@pytest.mark.parametrize("name", sorted(CODECS))
+@pytest.mark.parametrize("block_bytes", [128, 1 << 20])
+def test_much_random_damage_is_always_found_and_named(name: str, block_bytes: int, tmp_path: Path) -> None:
+    _mutations(tmp_path / "s", CODECS[name], 1_000, block_bytes)
+
+
+def test_no_damage_of_a_real_block_is_missed_without_asking_for_it(tmp_path: Path) -> None:
+    """With blocks as they are, every byte of a shard lies in one that reading all records checks."""
+    filled(tmp_path / "s", CODECS["drawn"], shards=(3,))
+    path = tmp_path / "s" / "shards" / "00000.arrow"
+    data = path.read_bytes()
+    for at in range(0, len(data), 7):
+        put(path, flip(data, at, 1))
+        with pytest.raises(StoreError, match=re.escape("00000.arrow has been altered")):
+            read_everything(tmp_path / "s")
 
 
 # -- death and a full disk ----------------------------------------------------------------------------------------------------
 
 
-def capture(directory: Path) -> None:
+def capture(directory: Path, name: str = "hidden bfloat16") -> None:
     """What a capture does, made to go on wherever it is started again: three shards of what is missing, then the codec's error."""
-    store = create(directory, CODECS["hidden bfloat16"])
-    made = records(CODECS["hidden bfloat16"], 10)
+    store = create(directory, CODECS[name])
+    made = records(CODECS[name], 10)
     for start, stop in ((0, 4), (4, 7), (7, 10)):
         store.append_shard(made[start:stop])
     if store.codec_error is None:
         store.record_codec_error(CodecError(mean_kl_nats=0.25, max_kl_nats=0.5, rows=3))
 
+
+# Three points for each file that is written: three shards of two files and the manifest that names them; the first manifest, and the error's.
+_POINTS = 3 * (3 * 3 + 2)
+POINTS = {"hidden bfloat16": _POINTS + 3 * 2, "drawn": _POINTS + 3 * 1}  # a head's two arrays; a prior
 
 CHILD = """
 import os, sys
@@ -543,41 +630,46 @@ from stillroom.core import durable
 from unit import test_store
 points = iter(range(1, 1_000_000))
 durable.write_point = lambda: next(points) == int(sys.argv[2]) and os._exit(9)
-test_store.capture(Path(sys.argv[1]))
+test_store.capture(Path(sys.argv[1]), sys.argv[3])
 """
 
 
-def test_a_death_at_any_write_point_loses_and_repeats_nothing(tmp_path: Path) -> None:
-    points = _dies_at(0, tmp_path / "whole")
-    assert points == 3 * (2 + 1 + 3 * 2 + 1)  # two head files, a manifest, three shards and their manifests, the error: three points each
+@pytest.mark.parametrize("name", POINTS)
+def test_a_death_at_any_write_point_loses_and_repeats_nothing(name: str, tmp_path: Path) -> None:
+    assert _dies_at(0, tmp_path / "whole", name) == POINTS[name]
     expected = contents(tmp_path / "whole")
-    # Every point in this process, where a death is an exception that nothing catches; two of them also as a real exit of a child.
-    for fatal in range(1, points + 1):
-        assert _dies_at(fatal, tmp_path / f"{fatal}") == fatal
-        _settled(tmp_path / f"{fatal}", expected)
+    # Every point in this process, where a death is an exception that nothing catches; some of them also as a real exit of a child.
+    for fatal in range(1, POINTS[name] + 1):
+        assert _dies_at(fatal, tmp_path / f"{fatal}", name) == fatal
+        _settled(tmp_path / f"{fatal}", expected, name)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(str(source.ROOT / folder) for folder in ("src", "tests"))}
-    for fatal in (12, 14):  # a shard written but not named; a manifest written but not yet in its place
+    # A first shard's targets, its index, then the manifest: each written but not in its place, or in its place but not named.
+    for fatal in range(POINTS[name] - 3 * 10 + 2, POINTS[name] - 3 * 7 + 1, 2):
         directory = tmp_path / f"exit {fatal}"
-        done = subprocess.run([sys.executable, "-c", CHILD, str(directory), str(fatal)], env=environment, check=False)
+        done = subprocess.run([sys.executable, "-c", CHILD, str(directory), str(fatal), name], env=environment, check=False)
         assert done.returncode == 9
-        _settled(directory, expected)
+        _settled(directory, expected, name)
 
 
-def test_the_shard_of_a_death_before_its_manifest_is_ignored_then_overwritten(tmp_path: Path) -> None:
-    codec = CODECS["hidden bfloat16"]
-    _dies_at(12, tmp_path / "s")  # after the first shard, before the manifest that names it
-    assert (tmp_path / "s" / "shards" / "00000.arrow").exists()
+@pytest.mark.parametrize("name", POINTS)
+def test_the_shard_of_a_death_before_its_manifest_is_ignored_then_overwritten(name: str, tmp_path: Path) -> None:
+    codec = CODECS[name]
+    _dies_at(POINTS[name] - 3 * 8 + 1, tmp_path / "s", name)  # after the first shard, before the manifest that names it
+    assert (tmp_path / "s" / "shards" / "00000.index.arrow").exists()
+    assert (tmp_path / "s" / "prior.npz").exists() == (name == "drawn")
     assert len(TargetStore.open(tmp_path / "s")) == 0
     other = records(codec, 3, seed=77)
     create(tmp_path / "s", codec).append_shard(other)
+    create(tmp_path / "t", codec).append_shard(other)
     assert_holds(TargetStore.open(tmp_path / "s"), other)
+    assert contents(tmp_path / "s") == contents(tmp_path / "t")
 
 
 class _Died(BaseException):
     pass
 
 
-def _dies_at(fatal: int, directory: Path) -> int:
+def _dies_at(fatal: int, directory: Path, name: str) -> int:
     """Captures until the write point of that number (0: to the end); returns the number of points passed."""
     passed = 0
 
@@ -589,23 +681,25 @@ def _dies_at(fatal: int, directory: Path) -> int:
 
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(_Died):
         patch.setattr(durable, "write_point", write_point)
-        capture(directory)
+        capture(directory, name)
     return passed
 
 
-def _settled(directory: Path, expected: dict[str, bytes]) -> None:
+def _settled(directory: Path, expected: dict[str, bytes], name: str) -> None:
     if (directory / "manifest.json").exists():
-        TargetStore.open(directory)  # whatever was written before is whole
-    capture(directory)
+        TargetStore.open(directory).verify()  # whatever was written before is whole
+    capture(directory, name)
     left = {name: data for name, data in contents(directory).items() if not Path(name).name.startswith(".")}
     assert left == expected
 
 
-def test_a_full_disk_leaves_the_store_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store, made = filled(tmp_path / "s", CODECS["top_k"])
-    more = records(CODECS["top_k"], 30, seed=8)
+@pytest.mark.parametrize("name", ["top_k", "drawn"])
+@pytest.mark.parametrize("shards", [(), (5, 1, 4)])
+def test_a_full_disk_leaves_the_store_as_it_was(name: str, shards: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, made = filled(tmp_path / "s", CODECS[name], shards)
+    more = records(CODECS[name], 30, seed=8)
     before, write = contents(tmp_path / "s"), os.write
-    for allowed in (0, 1):  # the disk is full at the shard, or at the manifest after it
+    for allowed in range(4 if name == "drawn" and not shards else 3):  # the disk is full at the prior, the targets, the index or the manifest
 
         def full(descriptor: int, data: bytes, calls: list[int] = [allowed]) -> int:  # noqa: B006 - a counter of its own for each round
             if calls[0] == 0:
@@ -629,15 +723,22 @@ def test_a_full_disk_leaves_the_store_as_it_was(tmp_path: Path, monkeypatch: pyt
 # -- codecs -------------------------------------------------------------------------------------------------------------------
 
 
+BYTES = {"text": 0, "sampled": 4, "top_k": 8 * K + 4, "hidden bfloat16": 2 * WIDTH, "hidden float32": 4 * WIDTH, "hidden int8": WIDTH + 4}
+
+
 @EACH
 def test_a_codec_is_described_and_has_the_bytes_it_states(name: str, tmp_path: Path) -> None:
     codec = CODECS[name]
     assert codec_from(json.loads(json.dumps(describe(codec)))) == codec
-    record = records(codec, 1, seed=3)[0]
+    store, made = filled(tmp_path / "s", codec)
+    if isinstance(codec, DrawnCodec):
+        assert store.bytes_per_row == store.bytes / store.rows
+        return
+    record = made[0]
     written = encode(codec, record.targets)
     rows = len(record.sequence.scored_rows)
     assert sum(column.nbytes for column in written.values()) == rows * bytes_per_row(codec)
-    assert bytes_per_row(codec) == {"text": 0, "top_k": 8 * K + 4, "hidden bfloat16": 2 * WIDTH, "hidden float32": 4 * WIDTH}[name]
+    assert bytes_per_row(codec) == store.bytes_per_row == BYTES[name]
 
 
 def test_codecs_refuse_what_they_cannot_write() -> None:
@@ -649,9 +750,39 @@ def test_codecs_refuse_what_they_cannot_write() -> None:
         encode(TextCodec(), record.targets)
     with pytest.raises(ValueError, match="twice"):
         encode(TopKCodec(k=K), replace(record.targets, ids_RK=numpy.zeros_like(record.targets.ids_RK)))
-    for description in ({"kind": "zip"}, {"kind": "top_k"}, {"kind": "hidden", "width": 3, "state_dtype": "int4"}, {}):
+    for description in (
+        {"kind": "zip"},
+        {"kind": "top_k"},
+        {"kind": "hidden", "width": 3, "state_dtype": "int4"},
+        {"kind": "drawn", "draws": 256},
+        {},
+    ):
         with pytest.raises(ValueError):
             codec_from(description)
+
+
+def test_a_store_of_drawn_targets_refuses_what_are_none(tmp_path: Path) -> None:
+    of = TokenSequence(ids=(1, 2, 3), answer_spans=((1, 3),))
+    good = drawn(numpy.eye(2, SIZE, dtype=int) * (DRAWS - 2) + numpy.eye(2, SIZE, 1, dtype=int) * 2, numpy.random.default_rng(0))
+    assert good.ids_U.tolist() == [0, 1, 1, 2]
+    wrong = {
+        "draws": replace(good, draws=DRAWS + 1),
+        "another kind": targets(CODECS["sampled"], of, numpy.random.default_rng(0)),
+        "sum to": replace(good, counts_U=good.counts_U + 1),
+        "from 1 on": replace(good, counts_U=numpy.array([DRAWS, 0, 5, 2], dtype=numpy.int32)),
+        "ascending": replace(good, ids_U=good.ids_U[::-1].copy()),
+        f"among {SIZE}": replace(good, ids_U=numpy.array([0, 1, 1, SIZE], dtype=numpy.int32)),
+        "offsets": replace(good, offsets_R1=numpy.array([0, 2, 3])),
+        "entropy": replace(good, entropy_R=numpy.array([0.5, math.log(SIZE) + 0.1], dtype=numpy.float32)),
+    }
+    for what, targets_of in wrong.items():
+        store = create(tmp_path / what, CODECS["drawn"])
+        with pytest.raises(ValueError, match="draw"):
+            store.append_shard([StoredRecord(sequence=of, targets=targets_of)])
+        assert len(TargetStore.open(tmp_path / what)) == 0
+        assert store.append_shard([StoredRecord(sequence=of, targets=good)]) == 1
+        with pytest.raises(ValueError, match="token is not one"):
+            store.append_shard([StoredRecord(sequence=replace(of, ids=(1, 2, SIZE)), targets=good)])
 
 
 def _tie(upper: int) -> float:
@@ -684,6 +815,76 @@ def test_bfloat16_is_the_nearest_one(values: list[float]) -> None:
 def _exact(bits: int) -> float:
     sign, exponent, fraction = (-1.0 if bits & 0x8000 else 1.0), (bits >> 7) & 0xFF, bits & 0x7F
     return sign * (fraction * 2.0**-133 if exponent == 0 else (128 + fraction) * 2.0 ** (exponent - 134))
+
+
+@given(st.lists(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=4, max_size=4), max_size=6))
+@example([[0.0] * 4, [1e-45, -1e-45, 0.0, 0.0], [3.4028234663852886e38, -3.4028234663852886e38, 1.0, 0.0], [127.0, 0.5, 1.5, -63.5]])
+def test_int8_is_within_its_bound_and_rounding_again_changes_nothing(values: list[list[float]]) -> None:
+    states_RD = numpy.array(values, dtype=numpy.float32).reshape(-1, 4)
+    rounded_RD, scales_R = to_int8(states_RD)
+    back_RD = from_int8(rounded_RD, scales_R)
+    # Exact: whole numbers times scales in float64 are the very float32 numbers that are read.
+    assert numpy.array_equal(back_RD, rounded_RD.astype(numpy.float64) * scales_R[:, None].astype(numpy.float64))
+    error_RD = numpy.abs(states_RD.astype(numpy.float64) - back_RD)
+    assert (error_RD <= (0.5 + 2**-16) * scales_R[:, None].astype(numpy.float64)).all()
+    largest_R = numpy.abs(states_RD.astype(numpy.float64)).max(axis=1, initial=0.0)
+    assert (scales_R <= numpy.maximum(largest_R / 127 * (1 + 2**-15) * (1 + 2**-23), 2**-100)).all()
+    again_RD, again_R = to_int8(back_RD)
+    assert numpy.array_equal(again_RD, rounded_RD)
+    assert numpy.array_equal(again_R, scales_R)
+
+
+def test_int8_of_what_is_not_finite_is_nan() -> None:
+    for value in (numpy.nan, numpy.inf, -numpy.inf):
+        rounded_RD, scales_R = to_int8(numpy.array([[1.0, value], [2.0, 1.0]], dtype=numpy.float32))
+        assert numpy.isnan(from_int8(rounded_RD, scales_R)[0]).all()
+        assert numpy.isfinite(from_int8(rounded_RD, scales_R)[1]).all()
+
+
+@given(seed=st.integers(0, 2**32), name=st.sampled_from(["hidden bfloat16", "hidden int8", "hidden float32"]), spread=st.floats(0.01, 30.0))
+@settings(max_examples=50)
+def test_what_rounding_does_to_a_distribution_stays_within_the_stated_bound(seed: int, name: str, spread: float) -> None:
+    """Logits, log-probabilities and divergence, in float64; and the bound is no idle one: some distribution comes within a tenth of it (below)."""
+    rng = numpy.random.default_rng(seed)
+    head = TeacherHead(weight_VD=rng.normal(size=(SIZE, WIDTH)) * spread, bias_V=HEAD.bias_V, scale=-1.5, softcap=rng.choice([None, 30.0]))
+    live = HiddenTargets(vocabulary=VOCABULARY, temperature=0.7, states_RD=rng.normal(size=(5, WIDTH)).astype(numpy.float32), head=head)
+    error = measure_error(CODECS[name], live, whole_log_probs_RV(live, SIZE))
+    assert error is not None
+    assert None not in (error.mean_kl_nats, error.kl_bound_nats, error.max_log_prob_error_nats, error.log_prob_bound_nats)
+    assert error.mean_kl_nats <= error.max_kl_nats <= error.kl_bound_nats + 1e-12
+    assert error.max_log_prob_error_nats <= error.log_prob_bound_nats + 1e-12
+    assert (error.log_prob_bound_nats == 0) == (name == "hidden float32")
+
+
+def test_the_bound_of_int8_is_nearly_reached() -> None:
+    """All states half a step off, in the direction of the weights' signs; two ids with opposite weights, equally probable."""
+    off = 64 + 0.5 - 2**-12
+    states_RD = numpy.array([[127.0, *[off] * (WIDTH - 1)]], dtype=numpy.float32)
+    weight_VD = numpy.array([[0.0, *[0.01] * (WIDTH - 1)], [0.0, *[-0.01] * (WIDTH - 1)]])
+    bias_V = -(weight_VD @ states_RD[0])
+    live = HiddenTargets(vocabulary=VOCABULARY, temperature=1.0, states_RD=states_RD, head=TeacherHead(weight_VD=weight_VD, bias_V=bias_V))
+    error = measure_error(CODECS["hidden int8"], live, whole_log_probs_RV(live, 2))
+    assert error is not None
+    assert error.max_kl_nats is not None
+    assert error.kl_bound_nats is not None
+    assert 0.99 * error.kl_bound_nats < error.max_kl_nats <= error.kl_bound_nats
+
+
+def test_measured_error_of_drawn_targets_is_that_of_their_entropy() -> None:
+    rng = numpy.random.default_rng(5)
+    log_probs_RV = numpy.log(rng.dirichlet(numpy.ones(SIZE), size=40))
+    log_probs_RV[0] = [0.0, *[-math.inf] * (SIZE - 1)]
+    entropy_R = -numpy.where(log_probs_RV > -math.inf, numpy.exp(log_probs_RV) * numpy.maximum(log_probs_RV, -1e3), 0.0).sum(axis=1)
+    draws = drawn(numpy.tile(numpy.eye(1, SIZE, dtype=int) * DRAWS, (40, 1)), rng)
+    error = measure_error(CODECS["drawn"], replace(draws, entropy_R=entropy_R.astype(numpy.float32)), log_probs_RV)
+    assert error == CodecError(
+        rows=40, max_entropy_error_nats=pytest.approx(numpy.abs(numpy.rint(entropy_R * 512) / 512 - entropy_R).max(), abs=1e-12)
+    )
+    assert error.max_entropy_error_nats is not None
+    assert error.max_entropy_error_nats <= 2**-10
+    wrong = measure_error(CODECS["drawn"], replace(draws, entropy_R=(entropy_R * 0.9).astype(numpy.float32)), log_probs_RV)
+    assert wrong is not None
+    assert wrong.max_entropy_error_nats == pytest.approx(0.1 * entropy_R.max(), abs=2**-9)
 
 
 def test_measured_error_is_the_divergence_of_what_was_written() -> None:
@@ -757,8 +958,16 @@ def test_a_store_opens_with_pyarrow_from_its_page_alone(name: str, tmp_path: Pat
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert [line["id"] for line in lines] == [record_id(record.sequence) for record in made]
     for line, record in zip(lines, made, strict=True):
+        assert line["tokens"] == list(record.sequence.ids)
         assert line["predicts"] == [record.sequence.ids[row + 1] for row in record.sequence.scored_rows]
         _, read = store.read([record_id(record.sequence)])
+        if isinstance(read, SampledTargets):
+            assert line["log_probs"] == read.log_probs_R.tolist()
+        if isinstance(read, DrawnTargets):
+            rows = [slice_targets(read, row, row + 1) for row in range(row_count(read))]
+            assert line["ids"] == [row.ids_U.tolist() for row in rows]
+            assert line["counts"] == [row.counts_U.tolist() for row in rows]
+            assert line["entropy"] == read.entropy_R.tolist()
         if isinstance(read, TopKTargets):
             assert line["best"] == read.ids_RK[:, 0].tolist()
             assert line["tail"] == pytest.approx(numpy.exp(read.tail_log_mass_R).tolist())
@@ -768,15 +977,19 @@ def test_a_store_opens_with_pyarrow_from_its_page_alone(name: str, tmp_path: Pat
 
 def test_the_page_names_every_field_of_the_manifest(tmp_path: Path) -> None:
     page = (source.ROOT / "docs" / "reference" / "target-store.md").read_text(encoding="utf-8")
-    filled(tmp_path / "s", CODECS["hidden bfloat16"])
+    for name in ("hidden bfloat16", "drawn"):
+        filled(tmp_path / name, CODECS[name])
 
     def names(tree: object) -> set[str]:
         if isinstance(tree, dict):
             return set(tree) | {name for value in tree.values() for name in names(value)}
         return {name for value in tree for name in names(value)} if isinstance(tree, list) else set()
 
-    missing = [name for name in names(json.loads((tmp_path / "s" / "manifest.json").read_bytes())) if f"`{name}`" not in page]
-    assert not missing
+    for name in ("hidden bfloat16", "drawn"):
+        missing = [field for field in names(json.loads((tmp_path / name / "manifest.json").read_bytes())) if f"`{field}`" not in page]
+        assert not missing
+    with numpy.load(tmp_path / "drawn" / "prior.npz") as prior:
+        assert all(f"| `{field}` |" in page for field in prior.files)
 
 
 def test_a_moved_store_is_the_same_store(tmp_path: Path) -> None:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+import unicodedata
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from stillroom.core.errors import ModelError, VocabularyError
-from stillroom.targets.vocabulary import Vocabulary, require_same
+from stillroom.targets.vocabulary import Vocabulary, hard_texts, require_same
 
 ENGLISH = ["the quick brown fox jumps over the lazy dog", "every second Tuesday at 9:30", "from 1999-12-31 to 2000-01-01", "café at noon"] * 4
 LATIN = ["gallia est omnis divisa in partes tres", "quarum unam incolunt belgae", "aliam aquitani tertiam celtae", "anno 1234 die 5"] * 4
@@ -174,3 +176,135 @@ def test_an_added_token_is_its_own_text(make: Callable[[list[str]], PreTrainedTo
         index = tokenizer.convert_tokens_to_ids(text)
         assert vocabulary.tokens[index] == text.encode()
         assert (index in vocabulary.special_ids) == special
+
+
+# -- the probe: tokenizers with the same tokens that cut texts differently ------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def rich() -> PreTrainedTokenizerFast:
+    """Its merges reach across words and through long numerals, as some of a large tokenizer's do; GPT-2's pattern keeps them from most of that."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    corpus = [*ENGLISH, *["1234567890", "12345678901234567890", "x**2", "0x1F4A9", "return x", "def f(x):", " 42", " 365"] * 4]
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=["<|end|>", "<|pad|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>")
+
+
+def changed(tokenizer: PreTrainedTokenizerFast, change: Callable[[dict[str, Any]], None]) -> PreTrainedTokenizerFast:
+    """The same tokens and special tokens, with one thing in tokenizer.json changed."""
+    tree = json.loads(tokenizer.backend_tokenizer.to_str())
+    change(tree)
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(tree)), eos_token="<|end|>", pad_token="<|pad|>")
+
+
+def before(pre_tokenizer: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
+    def change(tree: dict[str, Any]) -> None:
+        tree["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [pre_tokenizer, tree["pre_tokenizer"]]}
+
+    return change
+
+
+def normalised(kind: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
+    return lambda tree: tree.update(normalizer=kind)
+
+
+def as_text(tree: dict[str, Any]) -> None:
+    tree["added_tokens"] = [token | {"single_word": True} for token in tree["added_tokens"]]
+
+
+CHANGES: dict[str, Callable[[dict[str, Any]], None]] = {
+    "numerals digit by digit": before({"type": "Digits", "individual_digits": True}),
+    "numerals apart from words": before({"type": "Digits", "individual_digits": False}),
+    "numerals in threes": before({"type": "Split", "pattern": {"Regex": "\\d{1,3}"}, "behavior": "Isolated", "invert": False}),
+    "a space put before": lambda tree: tree["pre_tokenizer"].update(add_prefix_space=True),
+    "no words": lambda tree: tree["pre_tokenizer"].update(use_regex=False),
+    "single spaces": normalised({"type": "Replace", "pattern": {"Regex": " +"}, "content": " "}),
+    "no white space at the ends": normalised({"type": "Strip", "strip_left": True, "strip_right": True}),
+    "newlines as in Unix": normalised({"type": "Replace", "pattern": {"String": "\r\n"}, "content": "\n"}),
+    "composed": normalised({"type": "NFC"}),
+    "decomposed": normalised({"type": "NFD"}),
+    "compatible, composed": normalised({"type": "NFKC"}),
+    "lower case": normalised({"type": "Lowercase"}),
+    "no accents": normalised({"type": "Sequence", "normalizers": [{"type": "NFD"}, {"type": "StripAccents"}]}),
+    "no control characters": normalised({"type": "Replace", "pattern": {"Regex": "\\p{Cc}"}, "content": ""}),
+    "no joiners": normalised({"type": "Replace", "pattern": {"String": "\u200d"}, "content": ""}),
+    "no variation selectors": normalised({"type": "Replace", "pattern": {"String": "\ufe0f"}, "content": ""}),
+    "nothing merged": lambda tree: tree["model"].update(merges=[]),
+    "merged in another order": lambda tree: tree["model"].update(merges=tree["model"]["merges"][::-1]),
+    "special tokens inside words are text": as_text,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_tokenizers_of_the_same_tokens_that_cut_texts_differently_are_refused(
+    rich: PreTrainedTokenizerFast, change: Callable[[dict[str, Any]], None]
+) -> None:
+    other = changed(rich, change)
+    teacher, student = (Vocabulary.from_tokenizer(tokenizer, rows=512) for tokenizer in (rich, other))
+    assert teacher.same_as(student), "the tokens alone would have passed"
+    with pytest.raises(VocabularyError) as caught:
+        require_same(teacher, student)
+    assert caught.value.code == "vocabulary-mismatch"
+    text = next(text for text in teacher.encodings if rich.encode(text, add_special_tokens=False) != other.encode(text, add_special_tokens=False))
+    assert f"{text!r} is " in caught.value.found
+
+
+def test_a_tokenizer_that_was_saved_and_loaded_is_the_same(english: PreTrainedTokenizerFast, pieces: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    for name, tokenizer in (("english", english), ("pieces", pieces)):
+        tokenizer.save_pretrained(tmp_path / name)
+        loaded = AutoTokenizer.from_pretrained(tmp_path / name)
+        loaded.chat_template = "{{ messages }}"
+        one, other = Vocabulary.from_tokenizer(tokenizer, rows=512), Vocabulary.from_tokenizer(loaded, rows=640, end_ids=[1])
+        require_same(one, other)
+        assert one.encodings == other.encodings
+
+
+def test_the_probe_has_what_it_promises(english: PreTrainedTokenizerFast) -> None:
+    texts = hard_texts({"<|end|>": 0, "<|pad|>": 1})
+    assert len(texts) == len(set(texts))
+    assert texts[-2:] == ("a<|end|> <|end|>b", "a<|pad|> <|pad|>b")
+    assert len(hard_texts({f"<{i}>": i for i in range(1000)})) == len(texts) - 2 + 64
+    for form in ("NFC", "NFD", "NFKC", "NFKD"):
+        assert any(unicodedata.normalize(form, text) != text for text in texts)
+    assert {unicodedata.category(character) for text in texts for character in text} >= {
+        "Nd",
+        "Nl",
+        "No",
+        "Zs",
+        "Zl",
+        "Zp",
+        "Cc",
+        "Cf",
+        "Co",
+        "Mn",
+        "So",
+    }
+    assert set(Vocabulary.from_tokenizer(english, rows=320).encodings) == set(texts)
+
+
+def test_vocabularies_are_compared_on_the_texts_that_both_were_probed_with() -> None:
+    """One that was made without a tokenizer has none, and an id beyond the tokens is named as such."""
+    bare = Vocabulary(tokens=(b"a", b"b"), special={}, end_ids=(), rows=4)
+    one, other = replace(bare, encodings={"ab": (0, 1), "b": (1,)}), replace(bare, encodings={"ab": (0, 3), "c": ()})
+    require_same(bare, one)
+    require_same(one, bare)
+    assert one == bare
+    assert one.fingerprint == bare.fingerprint
+    assert one.first_encoding_difference(other) == "'ab' is b'a' b'b' in the one and b'a' id 3 in the other"
+    assert replace(bare, encodings={"ab": ()}).first_encoding_difference(one) == "'ab' is nothing in the one and b'a' b'b' in the other"
+
+
+@given(st.lists(st.binary(min_size=1, max_size=3), min_size=1, max_size=12, unique=True), st.data())
+def test_of_two_tokenizers_of_equal_width_the_first_id_that_differs_is_named(tokens: list[bytes], data: st.DataObject) -> None:
+    teacher = Vocabulary(tokens=tuple(tokens), special={}, end_ids=(), rows=16)
+    changes = data.draw(st.sets(st.integers(0, len(tokens) - 1), min_size=1))
+    student = replace(teacher, tokens=tuple(token + b"!" if place in changes else token for place, token in enumerate(tokens)), rows=16)
+    with pytest.raises(VocabularyError) as caught:
+        require_same(teacher, student)
+    assert caught.value.found.startswith(f"id {min(changes)} is ")

@@ -19,8 +19,9 @@ from stillroom.models.local import head_log_probs, head_top_k
 from stillroom.models.probing import Cost, Meter, Pattern, copy_of
 from stillroom.models.rollouts import choose_tokens
 from stillroom.models.student import OptimiserSettings, adamw
+from stillroom.objectives.matching import new_projections
 from stillroom.objectives.objective import Objective, backward_chunked
-from stillroom.targets.kinds import FullTargets, HiddenTargets, Targets, TeacherHead, TextTargets, TopKTargets
+from stillroom.targets.kinds import DrawnTargets, FullTargets, HiddenTargets, Targets, TeacherHead, TextTargets, TopKTargets
 
 # No probe puts more tokens than this through a copy at once, nor more than so many multiplications through one of its layers.
 _PROBE_TOKENS = 1024
@@ -293,21 +294,32 @@ def _arithmetic(model: PreTrainedModel, dtype: torch.dtype) -> torch.autocast | 
 def _head_and_back(
     model: PreTrainedModel, objective: Objective, kind: str, k: int, teacher_width: int, size: int, dtype: torch.dtype, rows: int
 ) -> Callable[[], object]:
+    if any(not match.learned for match in objective.state_matches):
+        teacher_width = _width(model)  # such a term compares states of one width, and a stand-in is narrower than the model
     states_RD = torch.full((rows, _width(model)), 0.01, device=model.device)
     targets = _targets(kind, rows, size, k, teacher_width, objective.match_temperature, model.device)
     labels = TextTargets(vocabulary="", token_ids_R=torch.zeros(rows, dtype=torch.int64, device=model.device))
+    projections = new_projections(objective.state_matches, student_width=_width(model), teacher_width=teacher_width, seed=0).to(model.device)
 
     def action() -> object:
         with _arithmetic(model, dtype):
             return backward_chunked(
-                states_RD, head_of(model), size=size, objective=objective, targets=targets, labels=labels, divide_by=rows, rows_per_chunk=rows
+                states_RD,
+                head_of(model),
+                size=size,
+                objective=objective,
+                targets=targets,
+                labels=labels,
+                divide_by=rows,
+                rows_per_chunk=rows,
+                projections=projections,
             )
 
     return action
 
 
 def _targets(kind: str, rows: int, size: int, k: int, teacher_width: int, temperature: float, device: torch.device) -> Targets:
-    """Targets of `kind`, every distribution the even one."""
+    """Targets of `kind`, every distribution the even one; `k` ids of each row are kept (top_k) or drawn (drawn)."""
     even = -math.log(size)
     match kind:
         case "hidden":
@@ -319,6 +331,17 @@ def _targets(kind: str, rows: int, size: int, k: int, teacher_width: int, temper
             tail_R = torch.full((rows,), even + math.log(max(size - k, 1e-9)), device=device)
             log_probs_RK = torch.full((rows, k), even, device=device)
             return TopKTargets(vocabulary="", temperature=temperature, ids_RK=ids_RK, log_probs_RK=log_probs_RK, tail_log_mass_R=tail_R)
+        case "drawn":
+            # Every draw another id: as much work as there can be.
+            return DrawnTargets(
+                vocabulary="",
+                temperature=temperature,
+                draws=k,
+                offsets_R1=torch.arange(rows + 1, device=device) * k,
+                ids_U=torch.arange(k, device=device).repeat(rows),
+                counts_U=torch.ones(rows * k, dtype=torch.int32, device=device),
+                entropy_R=torch.full((rows,), -even, device=device),
+            )
         case "full":
             return FullTargets(vocabulary="", temperature=temperature, log_probs_RV=torch.full((rows, size), even, device=device))
         case _:
@@ -327,8 +350,8 @@ def _targets(kind: str, rows: int, size: int, k: int, teacher_width: int, temper
 
 def _optimiser_seconds(model: PreTrainedModel, meter: Meter) -> float:
     """Clipping and one AdamW step, for each parameter."""
-    optimiser = adamw(model, OptimiserSettings())
     parameters = list(model.parameters())
+    optimiser = adamw(parameters, OptimiserSettings())
     for parameter in parameters:
         parameter.grad = torch.full_like(parameter, 1e-3)
 

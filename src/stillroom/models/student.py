@@ -5,7 +5,7 @@ Sum in the objective, count over the whole step, divide once. B sequences, T pos
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import PreTrainedModel
 
 from stillroom.core import durable
@@ -36,7 +37,11 @@ class OptimiserSettings:
 
 
 class TransformersStudent:
-    """Implements targets.protocols.Student. Weights and optimiser state are float32; with `dtype` bfloat16 the arithmetic is autocast."""
+    """Implements targets.protocols.Student. Weights and optimiser state are float32; with `dtype` bfloat16 the arithmetic is autocast.
+
+    `projections` (objectives.matching.new_projections) are learned beside the model where an objective matches hidden states: they are clipped,
+    decayed, saved and loaded with its parameters, and are no part of `model`, which is what is exported.
+    """
 
     def __init__(
         self,
@@ -46,6 +51,7 @@ class TransformersStudent:
         *,
         dtype: torch.dtype = torch.float32,
         rows_per_chunk: int = 2048,
+        projections: nn.ModuleDict | None = None,
     ) -> None:
         self.model = model.float()
         # Without dropout: its draws from a global generator could not be resumed, and a teacher's distribution is not a label to overfit.
@@ -55,13 +61,19 @@ class TransformersStudent:
         self._settings = settings
         self._dtype = dtype
         self._rows_per_chunk = rows_per_chunk
-        self._optimiser = adamw(self.model, settings)
+        self._projections = (projections or nn.ModuleDict()).to(model.device)
+        self._optimiser = adamw(self._parameters.values(), settings)
 
     @property
     def vocabulary(self) -> Vocabulary:
         return self._vocabulary
 
-    def forward_backward(self, batch: Batch, objective: Objective, divide_by: int) -> StepSums:
+    @property
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        """Everything that is learned, by name: the model's, then the projections'."""
+        return dict(self.model.named_parameters()) | dict(self._projections.named_parameters(prefix="projections"))
+
+    def forward_backward(self, batch: Batch, objective: Objective, divide_by: float) -> StepSums:
         """Adds the gradient of (sum over scored rows) / `divide_by`; returns undivided sums. A batch without scored rows adds nothing."""
         if batch.scored_tokens == 0:
             return StepSums(objective_nats=0.0, terms_nats={}, scored_tokens=0)
@@ -76,6 +88,8 @@ class TransformersStudent:
                 labels=batch.labels,
                 divide_by=divide_by,
                 rows_per_chunk=self._rows_per_chunk,
+                weights_R=batch.weights_R,
+                projections=self._projections,
             )
         states_RD.backward(gradient_RD)
         return sums
@@ -94,11 +108,13 @@ class TransformersStudent:
                 targets=batch.targets,
                 labels=batch.labels,
                 rows_per_chunk=self._rows_per_chunk,
+                weights_R=batch.weights_R,
+                projections=self._projections,
             )
 
     def optim_step(self, learning_rate: float) -> float:
         """One AdamW step on the clipped gradient; the gradient is gone afterwards. Returns the norm before clipping."""
-        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._settings.clip_norm))
+        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._settings.clip_norm))
         for group in self._optimiser.param_groups:
             group["lr"] = learning_rate
         self._optimiser.step()
@@ -109,7 +125,7 @@ class TransformersStudent:
     @property
     def checkpoint_bytes(self) -> int:
         """What `save` writes: weights and two moments, all float32."""
-        return 12 * count_parameters(self.model)
+        return 12 * (count_parameters(self.model) + count_parameters(self._projections))
 
     def drop_gradient(self) -> None:
         """Forgets what has been accumulated (after a micro-batch that did not fit)."""
@@ -135,7 +151,7 @@ class TransformersStudent:
     def save(self, directory: Path) -> None:
         """Weights, optimiser state and counters into `directory`, as safetensors and JSON: `load` goes on bit for bit."""
         directory.mkdir(parents=True, exist_ok=True)
-        named = dict(self.model.named_parameters())
+        named = self._parameters
         save_file({name: p.detach().contiguous().cpu() for name, p in named.items()}, directory / "weights.safetensors")
         state: dict[str, torch.Tensor] = {}
         for name, parameter in named.items():
@@ -146,7 +162,7 @@ class TransformersStudent:
 
     def load(self, directory: Path) -> None:
         """Restores what `save` wrote. Raises RunError 'run-corrupt' where a file is damaged or is of another model."""
-        named = dict(self.model.named_parameters())
+        named = self._parameters
         try:
             weights = load_file(directory / "weights.safetensors")
             state = load_file(directory / "optimiser.safetensors")
@@ -183,10 +199,11 @@ class TransformersStudent:
         return torch.autocast(self.model.device.type, self._dtype)
 
 
-def adamw(model: PreTrainedModel, settings: OptimiserSettings) -> torch.optim.AdamW:
+def adamw(parameters: Iterable[nn.Parameter], settings: OptimiserSettings) -> torch.optim.AdamW:
     """The optimiser of a student."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
+    parameters = list(parameters)
+    matrices = [p for p in parameters if p.ndim > 1]
+    others = [p for p in parameters if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=settings.betas, fused=True)
 

@@ -9,7 +9,17 @@ import numpy
 import torch
 from torch import Tensor
 
-from stillroom.targets.kinds import Array, FullTargets, HiddenTargets, Targets, TeacherHead, TextTargets, TopKTargets
+from stillroom.targets.kinds import (
+    Array,
+    DrawnTargets,
+    FullTargets,
+    HiddenTargets,
+    SampledTargets,
+    Targets,
+    TeacherHead,
+    TextTargets,
+    TopKTargets,
+)
 
 T = TypeVar("T", bound=Targets)
 
@@ -26,17 +36,27 @@ def as_tensors(targets: T, device: torch.device | str) -> T:
     match targets:
         case TextTargets():
             return replace(targets, token_ids_R=_ids(targets.token_ids_R, place))
+        case SampledTargets():
+            return replace(targets, token_ids_R=_ids(targets.token_ids_R, place), log_probs_R=as_tensor(targets.log_probs_R, place))
+        case DrawnTargets():
+            return replace(
+                targets,
+                offsets_R1=_ids(targets.offsets_R1, place),
+                ids_U=_ids(targets.ids_U, place),
+                counts_U=as_tensor(targets.counts_U, place),
+                entropy_R=as_tensor(targets.entropy_R, place),
+            )
         case TopKTargets():
             return replace(
                 targets,
                 ids_RK=_ids(targets.ids_RK, place),
-                log_probs_RK=_tensor(targets.log_probs_RK, place),
-                tail_log_mass_R=_tensor(targets.tail_log_mass_R, place),
+                log_probs_RK=as_tensor(targets.log_probs_RK, place),
+                tail_log_mass_R=as_tensor(targets.tail_log_mass_R, place),
             )
         case HiddenTargets():
-            return replace(targets, states_RD=_tensor(targets.states_RD, place), head=_head(targets.head, place))
+            return replace(targets, states_RD=as_tensor(targets.states_RD, place), head=_head(targets.head, place))
         case FullTargets():
-            return replace(targets, log_probs_RV=_tensor(targets.log_probs_RV, place))
+            return replace(targets, log_probs_RV=as_tensor(targets.log_probs_RV, place))
 
 
 def as_arrays(targets: T) -> T:
@@ -44,6 +64,16 @@ def as_arrays(targets: T) -> T:
     match targets:
         case TextTargets():
             return replace(targets, token_ids_R=_array(targets.token_ids_R))
+        case SampledTargets():
+            return replace(targets, token_ids_R=_array(targets.token_ids_R), log_probs_R=_array(targets.log_probs_R))
+        case DrawnTargets():
+            return replace(
+                targets,
+                offsets_R1=_array(targets.offsets_R1),
+                ids_U=_array(targets.ids_U),
+                counts_U=_array(targets.counts_U),
+                entropy_R=_array(targets.entropy_R),
+            )
         case TopKTargets():
             return replace(
                 targets,
@@ -76,7 +106,8 @@ def head_logits_RV(states_RD: Tensor, head: TeacherHead, dtype: torch.dtype) -> 
     return logits_RV * head.scale if head.scale != 1.0 else logits_RV
 
 
-def _tensor(array: Array, device: torch.device) -> Tensor:
+def as_tensor(array: Array, device: torch.device) -> Tensor:
+    """One array as a tensor on `device`, as in `as_tensors`."""
     if isinstance(array, numpy.ndarray):
         # torch has no read-only tensors, so what is read-only (memory-mapped) is copied.
         array = torch.from_numpy(numpy.require(array, requirements=["C", "W"]))
@@ -94,7 +125,7 @@ def _array(array: Array) -> Array:
 
 
 def _ids(array: Array, device: torch.device) -> Tensor:
-    ids = _tensor(array, device).long()
+    ids = as_tensor(array, device).long()
     # Autograd keeps the ids that it gathers by, and refuses to keep what was made in inference mode.
     return ids.clone() if ids.is_inference() else ids
 
@@ -104,6 +135,6 @@ def _head(head: TeacherHead, device: torch.device) -> TeacherHead:
     if isinstance(head.weight_VD, Tensor) and head.weight_VD.device == device:
         return head
     if _last_head is None or _last_head[0] is not head or _last_head[1] != device:
-        bias_V = None if head.bias_V is None else _tensor(head.bias_V, device)
-        _last_head = (head, device, replace(head, weight_VD=_tensor(head.weight_VD, device), bias_V=bias_V))
+        bias_V = None if head.bias_V is None else as_tensor(head.bias_V, device)
+        _last_head = (head, device, replace(head, weight_VD=as_tensor(head.weight_VD, device), bias_V=bias_V))
     return _last_head[2]

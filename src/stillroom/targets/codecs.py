@@ -2,28 +2,38 @@
 
 Shapes: R scored rows, V vocabulary size, K kept ids, D width of the teacher. numpy only.
 
-| codec  | columns of one row                                          | bytes per row | stored = live                       |
-|--------|-------------------------------------------------------------|---------------|-------------------------------------|
-| text   | none: the tokens are there already                          | 0             | yes                                 |
-| top_k  | ids int32 x K, log_probs float32 x K, tail_log_mass float32 | 8 K + 4       | yes, if live numbers are float32    |
-| hidden | states x D, bfloat16 (as uint16) or float32                 | 2 D or 4 D    | yes, if live states are rounded too |
+| codec   | columns of one row                                          | bytes per row         | stored = live                          |
+|---------|-------------------------------------------------------------|-----------------------|----------------------------------------|
+| text    | none: the tokens are there already                          | 0                     | yes                                    |
+| sampled | log_probs float32: the tokens are there already             | 4                     | yes, if live numbers are float32       |
+| drawn   | none of fixed width: entropy-coded, see `packing`           | as the rows are       | yes, but for the entropy: within 2^-10 |
+| top_k   | ids int32 x K, log_probs float32 x K, tail_log_mass float32 | 8 K + 4               | yes, if live numbers are float32       |
+| hidden  | states x D, bfloat16 (as uint16), float32 or int8; with     | 2 D, 4 D or D + 4     | yes, if live states are rounded too    |
+|         | int8 a float32 scale                                        |                       |                                        |
 
 `torch.Tensor.to(torch.bfloat16)` rounds as `to_bfloat16` does, to the nearest, ties to even: a live teacher that rounds its states with either gives
-what the store gives, bit for bit.
+what the store gives, bit for bit. Rounding twice changes nothing, for int8 as well.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeAlias, assert_never
 
 import numpy
 from numpy.typing import DTypeLike, NDArray
 
-from stillroom.targets.kinds import Array, FullTargets, HiddenTargets, Targets, TeacherHead, TextTargets, TopKTargets
+from stillroom.targets.kinds import Array, DrawnTargets, FullTargets, HiddenTargets, SampledTargets, Targets, TeacherHead, TextTargets, TopKTargets
+from stillroom.targets.prior import ENTROPY_STEPS_PER_NAT, MOST_DRAWS, quantised_entropy
 
-STATE_DTYPES = ("bfloat16", "float32")
+STATE_DTYPES = ("bfloat16", "float32", "int8")
+# How far a state may be from the one that is read back, as a share of itself, or for int8 of its row's scale (half a step, and a division's rounding).
+BFLOAT16_ERROR = 2.0**-8
+INT8_ERROR = 0.5 + 2.0**-16
+SMALLEST_SCALE = 2.0**-100
+# Of 16 significant bits, the largest of which 127 are still a float32.
+LARGEST_SCALE = (2.0**128 // 127 // 2.0**106 - 1) * 2.0**106
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +61,38 @@ class TextCodec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SampledCodec:
+    """The log-probability of each row's own token, in float32."""
+
+    kind: ClassVar[str] = "sampled"
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        return (Column(name="log_probs", dtype="<f4", width=0),)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrawnCodec:
+    """`draws` ids drawn from the teacher, as unique ids and counts, and the entropy to the nearest 1/512 nat; entropy-coded together with the tokens.
+
+    Exact but for the entropy, which is off by at most 2^-10 nats and shifts the value of a divergence by as much, and no gradient. What is drawn
+    depends on `seed` and the record's tokens alone.
+    """
+
+    draws: int
+    seed: int = 0
+    kind: ClassVar[str] = "drawn"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.draws <= MOST_DRAWS:
+            raise ValueError(f"drawn targets have from 1 to {MOST_DRAWS} draws a row, not {self.draws}")
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        return ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TopKCodec:
     """The `k` most probable ids of each row, and the log of the mass of all others, in float32. Exact for float32 log-probabilities."""
 
@@ -70,7 +112,12 @@ class TopKCodec:
 class HiddenCodec:
     """The teacher's last hidden state, `width` numbers a row, in `state_dtype`; the teacher's head lies beside the shards once.
 
-    bfloat16 halves the disk; each state is off by at most 2^-8 of itself. float32 is exact for float32 states.
+    bfloat16 halves the disk; each state is off by at most 2^-8 of itself. float32 is exact for float32 states. int8 quarters it: a row has one
+    scale, its largest state in size / 127 rounded up to 16 significant bits, and each state is off by at most (1/2 + 2^-16) scale.
+
+    What that makes of the distribution: where each state of a row is off by at most e_d, the logit of id v is off by at most
+    scale of the head x sum_d e_d |w_vd| / temperature (a soft-cap only lessens it); with e the largest of these over v, log-probabilities are off
+    by at most 2 e, and KL(original || decoded) is at most e^2 / 2 (Hoeffding's lemma: the differences of the logits lie within 2 e of one another).
     """
 
     width: int
@@ -83,10 +130,11 @@ class HiddenCodec:
 
     @property
     def columns(self) -> tuple[Column, ...]:
-        return (Column(name="states", dtype="<u2" if self.state_dtype == "bfloat16" else "<f4", width=self.width),)
+        states = Column(name="states", dtype={"bfloat16": "<u2", "float32": "<f4", "int8": "i1"}[self.state_dtype], width=self.width)
+        return (states, Column(name="scales", dtype="<f4", width=0)) if self.state_dtype == "int8" else (states,)
 
 
-Codec: TypeAlias = TextCodec | TopKCodec | HiddenCodec
+Codec: TypeAlias = TextCodec | SampledCodec | DrawnCodec | TopKCodec | HiddenCodec
 
 
 def describe(codec: Codec) -> dict[str, Any]:
@@ -94,6 +142,10 @@ def describe(codec: Codec) -> dict[str, Any]:
     match codec:
         case TextCodec():
             return {"kind": "text"}
+        case SampledCodec():
+            return {"kind": "sampled"}
+        case DrawnCodec():
+            return {"kind": "drawn", "draws": codec.draws, "seed": codec.seed}
         case TopKCodec():
             return {"kind": "top_k", "k": codec.k}
         case HiddenCodec():
@@ -105,43 +157,60 @@ def describe(codec: Codec) -> dict[str, Any]:
 def codec_from(description: dict[str, Any]) -> Codec:
     """The codec that `describe` described. Raises ValueError for anything else."""
     parameters = {name: value for name, value in description.items() if name != "kind"}
-    codecs: dict[str, type[Codec]] = {"text": TextCodec, "top_k": TopKCodec, "hidden": HiddenCodec}
+    codecs: dict[str, type[Codec]] = {codec.kind: codec for codec in (TextCodec, SampledCodec, DrawnCodec, TopKCodec, HiddenCodec)}
     try:
         return codecs[description["kind"]](**parameters)
     except (KeyError, TypeError) as error:
         raise ValueError(f"no codec is described by {description}") from error
 
 
-def bytes_per_row(codec: Codec) -> int:
-    """What a scored row takes on disk beyond its tokens."""
+FixedCodec: TypeAlias = TextCodec | SampledCodec | TopKCodec | HiddenCodec
+
+
+def bytes_per_row(codec: FixedCodec) -> int:
+    """What a scored row takes on disk beyond its tokens. Of drawn targets the rows themselves decide."""
     return sum(column.bytes_per_row for column in codec.columns)
 
 
-def encode(codec: Codec, targets: Targets) -> dict[str, NDArray[Any]]:
-    """The columns of `targets` (numpy arrays), one entry per row each. Raises ValueError if the targets are not of the codec's kind and shape."""
+def encode(codec: FixedCodec, targets: Targets) -> dict[str, NDArray[Any]]:
+    """The columns of `targets` (numpy arrays), one entry per row each. Raises ValueError if the targets are not of the codec's kind and shape.
+
+    Drawn targets have no columns: `packing.pack` writes them.
+    """
     match codec, targets:
         case TextCodec(), TextTargets():
             return {}
+        case SampledCodec(), SampledTargets():
+            arrays = {"log_probs": targets.log_probs_R}
         case TopKCodec(), TopKTargets():
             _require_distinct(numpy.asarray(targets.ids_RK))
             arrays = {"ids": targets.ids_RK, "log_probs": targets.log_probs_RK, "tail_log_mass": targets.tail_log_mass_R}
         case HiddenCodec(), HiddenTargets():
-            states_RD = numpy.asarray(targets.states_RD)
-            rounds = codec.state_dtype == "bfloat16" and states_RD.dtype != numpy.uint16
-            widens = codec.state_dtype == "float32" and states_RD.dtype == numpy.uint16
-            arrays = {"states": to_bfloat16(states_RD) if rounds else from_bfloat16(states_RD) if widens else states_RD}
+            arrays = _states(codec.state_dtype, numpy.asarray(targets.states_RD))
         case _:
             raise ValueError(f"{type(targets).__name__} cannot be written by {codec}")
     return {column.name: _shaped(column, arrays[column.name]) for column in codec.columns}
 
 
+def _states(state_dtype: str, states_RD: NDArray[Any]) -> dict[str, NDArray[Any]]:
+    if state_dtype == "bfloat16":
+        return {"states": states_RD if states_RD.dtype == numpy.uint16 else to_bfloat16(states_RD)}
+    wide_RD = from_bfloat16(states_RD) if states_RD.dtype == numpy.uint16 else states_RD
+    if state_dtype == "int8":
+        rounded_RD, scales_R = to_int8(wide_RD)
+        return {"states": rounded_RD, "scales": scales_R}
+    return {"states": wide_RD}
+
+
 def decode(
-    codec: Codec, columns: dict[str, NDArray[Any]], *, vocabulary: str, temperature: float, head: TeacherHead | None, labels_R: NDArray[Any]
+    codec: FixedCodec, columns: dict[str, NDArray[Any]], *, vocabulary: str, temperature: float, head: TeacherHead | None, labels_R: NDArray[Any]
 ) -> Targets:
-    """The targets that `encode` wrote; `labels_R` are the tokens that the rows predict, which text targets are made of."""
+    """The targets that `encode` wrote; `labels_R` are the tokens that the rows predict, which text and sampled targets are made of."""
     match codec:
         case TextCodec():
             return TextTargets(vocabulary=vocabulary, token_ids_R=labels_R)
+        case SampledCodec():
+            return SampledTargets(vocabulary=vocabulary, temperature=temperature, token_ids_R=labels_R, log_probs_R=columns["log_probs"])
         case TopKCodec():
             return TopKTargets(
                 vocabulary=vocabulary,
@@ -152,7 +221,8 @@ def decode(
             )
         case HiddenCodec():
             assert head is not None, "a store of hidden states has its teacher's head"
-            return HiddenTargets(vocabulary=vocabulary, temperature=temperature, states_RD=columns["states"], head=head)
+            states_RD = from_int8(columns["states"], columns["scales"]) if codec.state_dtype == "int8" else columns["states"]
+            return HiddenTargets(vocabulary=vocabulary, temperature=temperature, states_RD=states_RD, head=head)
         case _:
             assert_never(codec)
 
@@ -171,39 +241,104 @@ def from_bfloat16(bits: Array) -> NDArray[numpy.float32]:
     return widened
 
 
+def to_int8(states_RD: Array) -> tuple[NDArray[numpy.int8], NDArray[numpy.float32]]:
+    """Whole numbers from -127 to 127 and a scale for each row, whose product is the state. A row that is not finite has the scale NaN.
+
+    Scales have 16 significant bits and are at least 2^-100, so that every product is a float32 exactly and rounding it again gives the same numbers.
+    """
+    states_RD = numpy.ascontiguousarray(states_RD, dtype="<f4")
+    steps_R = numpy.abs(states_RD).max(axis=1, initial=0.0) / numpy.float32(127)
+    finite_R = numpy.isfinite(steps_R)
+    bits_R = numpy.where(finite_R, steps_R, 1).astype("<f4").view("<u4")
+    rounded_up_R = ((bits_R + numpy.uint32(0xFF)) & numpy.uint32(0xFFFFFF00)).view("<f4")
+    scales_R = rounded_up_R.clip(numpy.float32(SMALLEST_SCALE), numpy.float32(LARGEST_SCALE))
+    rounded_RD = numpy.rint(numpy.where(finite_R[:, None], states_RD, 0) / scales_R[:, None]).astype(numpy.int8)
+    return rounded_RD, numpy.where(finite_R, scales_R, numpy.float32("nan"))
+
+
+def from_int8(rounded_RD: Array, scales_R: Array) -> NDArray[numpy.float32]:
+    """The float32 states that these stand for: exact."""
+    states_RD: NDArray[numpy.float32] = numpy.asarray(rounded_RD).astype(numpy.float32) * numpy.asarray(scales_R, dtype=numpy.float32)[:, None]
+    return states_RD
+
+
 # -- what a codec loses ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CodecError:
-    """KL(original || decoded) in nats over a sample of `rows` rows."""
+    """What is lost over a sample of `rows` rows; None where the codec has no such loss.
 
-    mean_kl_nats: float
-    max_kl_nats: float
+    top_k and hidden: KL(original || decoded) in nats. hidden besides: the largest difference of a log-probability, and what either can be at most
+    in these rows, by the bound that HiddenCodec states. drawn: the largest difference of a row's entropy (draws are no approximation of anything:
+    their mean is the distribution itself).
+    """
+
     rows: int
+    mean_kl_nats: float | None = None
+    max_kl_nats: float | None = None
+    kl_bound_nats: float | None = None
+    max_log_prob_error_nats: float | None = None
+    log_prob_bound_nats: float | None = None
+    max_entropy_error_nats: float | None = None
 
 
 def measure_error(codec: Codec, targets: Targets, log_probs_RV: Array) -> CodecError | None:
     """What is lost between the teacher's distributions `log_probs_RV` and those that can be read back from a store, on a sample of at least one row.
 
     `log_probs_RV` are the teacher's own, in nats, at the targets' temperature; `targets` the targets of the same rows, all numpy. top_k says nothing
-    about how the tail is shared out: it is decoded evenly over the ids that were not kept, so the loss counts what was not kept. Text stores no
-    distribution: None.
+    about how the tail is shared out: it is decoded evenly over the ids that were not kept, so the loss counts what was not kept. Text and sampled
+    targets stand for no distribution: None.
     """
-    if isinstance(codec, TextCodec):
-        return None
     original_RV = numpy.asarray(log_probs_RV, dtype=numpy.float64)
-    columns = encode(codec, targets)
+    if isinstance(codec, DrawnCodec):
+        return _entropy_error(targets, original_RV)
+    if isinstance(codec, TextCodec | SampledCodec):
+        return None
+    assert isinstance(targets, TopKTargets | HiddenTargets), f"{type(targets).__name__} are not written by {codec}"
     head = targets.head if isinstance(targets, HiddenTargets) else None
-    temperature = targets.temperature if not isinstance(targets, TextTargets) else 1.0
-    decoded = decode(codec, columns, vocabulary=targets.vocabulary, temperature=temperature, head=head, labels_R=numpy.empty(0))
+    decoded = decode(
+        codec, encode(codec, targets), vocabulary=targets.vocabulary, temperature=targets.temperature, head=head, labels_R=numpy.empty(0)
+    )
     decoded_RV = whole_log_probs_RV(decoded, original_RV.shape[1])
     p_RV = numpy.exp(original_RV)
     with numpy.errstate(invalid="ignore"):
         kl_R = numpy.where(p_RV > 0, p_RV * (original_RV - decoded_RV), 0.0).sum(axis=1)
     # Rounding can leave a divergence a hair under zero.
     kl_R = numpy.maximum(kl_R, 0.0)
-    return CodecError(mean_kl_nats=float(kl_R.mean()), max_kl_nats=float(kl_R.max()), rows=len(kl_R))
+    measured = CodecError(rows=len(kl_R), mean_kl_nats=float(kl_R.mean()), max_kl_nats=float(kl_R.max()))
+    if isinstance(codec, HiddenCodec) and isinstance(targets, HiddenTargets):
+        # Against what the very states give, in float64: the teacher's own float32 rounding is none of the codec's.
+        exact_RV = whole_log_probs_RV(targets, original_RV.shape[1])
+        e = float(logit_bound_R(codec, targets).max())
+        return replace(
+            measured,
+            kl_bound_nats=e * e / 2,
+            max_log_prob_error_nats=float(numpy.abs(exact_RV - decoded_RV).max()),
+            log_prob_bound_nats=2 * e,
+        )
+    return measured
+
+
+def logit_bound_R(codec: HiddenCodec, targets: HiddenTargets) -> NDArray[numpy.float64]:
+    """For each row, by how much a logit over the temperature can be off at most once the states have been through the codec (see HiddenCodec)."""
+    states_RD = _widened(targets.states_RD)
+    if codec.state_dtype == "bfloat16":
+        error_RD = BFLOAT16_ERROR * numpy.abs(states_RD)
+    elif codec.state_dtype == "int8":
+        error_RD = numpy.broadcast_to(INT8_ERROR * to_int8(states_RD)[1].astype(numpy.float64)[:, None], states_RD.shape)
+    else:
+        error_RD = numpy.zeros_like(states_RD)
+    bound_R: NDArray[numpy.float64] = (error_RD @ numpy.abs(_widened(targets.head.weight_VD)).T).max(axis=1)
+    return bound_R * abs(targets.head.scale) / targets.temperature
+
+
+def _entropy_error(targets: Targets, original_RV: NDArray[numpy.float64]) -> CodecError:
+    assert isinstance(targets, DrawnTargets), f"{type(targets).__name__} are not written as drawn targets"
+    with numpy.errstate(invalid="ignore"):
+        exact_R = -numpy.where(original_RV > -math.inf, numpy.exp(original_RV) * original_RV, 0.0).sum(axis=1)
+    stored_R = quantised_entropy(targets.entropy_R, original_RV.shape[1]) / ENTROPY_STEPS_PER_NAT
+    return CodecError(rows=len(exact_R), max_entropy_error_nats=float(numpy.abs(stored_R - exact_R).max()))
 
 
 def whole_log_probs_RV(targets: Targets, size: int) -> NDArray[numpy.float64]:
@@ -220,8 +355,8 @@ def whole_log_probs_RV(targets: Targets, size: int) -> NDArray[numpy.float64]:
             whole_RV = numpy.repeat((numpy.asarray(targets.tail_log_mass_R, dtype=numpy.float64) + share)[:, None], size, axis=1)
             whole_RV[numpy.arange(rows)[:, None], targets.ids_RK] = targets.log_probs_RK
             return whole_RV
-        case TextTargets():
-            raise ValueError("text is no distribution")
+        case TextTargets() | SampledTargets() | DrawnTargets():
+            raise ValueError(f"{type(targets).__name__} are no distribution")
         case _:
             assert_never(targets)
 

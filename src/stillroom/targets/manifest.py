@@ -12,10 +12,10 @@ from typing import Any
 
 from stillroom.core.hashing import canonical_json, sha256_hex
 from stillroom.core.identities import ModelRef, Sampling
-from stillroom.targets.codecs import Codec, CodecError, bytes_per_row, codec_from, describe
+from stillroom.targets.codecs import Codec, CodecError, DrawnCodec, bytes_per_row, codec_from, describe
 
 FORMAT = "stillroom target store"
-SCHEMA = 1
+SCHEMA = 2
 ROW_CONVENTION = "row t is the distribution after token t: it predicts token t + 1"
 
 
@@ -57,8 +57,9 @@ class FileEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardEntry(FileEntry):
-    """A shard, and how much it holds."""
+    """A shard's targets, its index, and how much it holds."""
 
+    index: FileEntry
     records: int
     rows: int
     tokens: int
@@ -80,6 +81,7 @@ class Manifest:
 
     identity: StoreIdentity
     head: HeadEntry | None = None
+    prior: FileEntry | None = None
     codec_error: CodecError | None = None
     shards: tuple[ShardEntry, ...] = ()
 
@@ -98,8 +100,15 @@ class Manifest:
     @property
     def files(self) -> tuple[FileEntry, ...]:
         """Every file but the manifest."""
-        head = () if self.head is None else (self.head.weight,) if self.head.bias is None else (self.head.weight, self.head.bias)
-        return (*head, *self.shards)
+        once = (None if self.head is None else self.head.weight, None if self.head is None else self.head.bias, self.prior)
+        return (*(entry for entry in once if entry is not None), *(entry for shard in self.shards for entry in (shard, shard.index)))
+
+    @property
+    def bytes_per_row(self) -> float | None:
+        """Bytes of targets for each scored row. Of drawn targets as measured, with tokens, indices and prior; None before there is a row."""
+        if not isinstance(self.identity.codec, DrawnCodec):
+            return bytes_per_row(self.identity.codec)
+        return sum(entry.bytes for entry in self.files) / self.rows if self.rows else None
 
     @property
     def sha256(self) -> str:
@@ -116,9 +125,10 @@ class Manifest:
             "schema": SCHEMA,
             "row_convention": ROW_CONVENTION,
             **_identity_json(self.identity),
-            "bytes_per_row": bytes_per_row(self.identity.codec),
+            "bytes_per_row": self.bytes_per_row,
             "codec_error": None if self.codec_error is None else asdict(self.codec_error),
             "head": None if self.head is None else asdict(self.head),
+            "prior": None if self.prior is None else asdict(self.prior),
             "shards": [asdict(shard) for shard in self.shards],
             "records": self.records,
             "rows": self.rows,
@@ -185,8 +195,9 @@ def _manifest(tree: dict[str, Any]) -> Manifest:
     return Manifest(
         identity=identity,
         head=None if tree["head"] is None else _head(tree["head"]),
+        prior=None if tree["prior"] is None else FileEntry(**tree["prior"]),
         codec_error=None if tree["codec_error"] is None else CodecError(**tree["codec_error"]),
-        shards=tuple(ShardEntry(**shard) for shard in tree["shards"]),
+        shards=tuple(ShardEntry(**{**shard, "index": FileEntry(**shard["index"])}) for shard in tree["shards"]),
     )
 
 

@@ -43,24 +43,38 @@ class Teacher(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Sequences of one micro-batch, what the teacher said about their scored rows, and the tokens those rows predict."""
+    """Sequences of one micro-batch, what the teacher said about their scored rows, and the tokens those rows predict.
+
+    `weights_R` (float, at least 0; None: all 1) says how much each scored row counts: a row of weight w counts as w rows, in every sum and in the
+    number that the sums are divided by. Weights of 1 change nothing, a weight of 2 is the row given twice, and 0 is a row that is not scored.
+    """
 
     sequences: tuple[TokenSequence, ...]
     targets: Targets
     labels: TextTargets
+    weights_R: Array | None = None
 
     @property
     def scored_tokens(self) -> int:
         return sum(len(sequence.scored_rows) for sequence in self.sequences)
 
+    @property
+    def scored_weight(self) -> float:
+        """The sum of the weights of the scored rows: this batch's share of a step's `divide_by`."""
+        return float(self.scored_tokens if self.weights_R is None else self.weights_R.sum())
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepSums:
-    """Sums over scored rows, in nats, never means: the objective, and each of its terms (unweighted) by name."""
+    """Sums over scored rows, in nats, never means: the objective, and each of its terms by name (without the term's factor).
+
+    Each row counts by its weight (Batch.weights_R), and a mean is a sum divided by `scored_weight`; `scored_tokens` counts rows whatever their weight.
+    """
 
     objective_nats: float
     terms_nats: dict[str, float] = field(default_factory=dict)
     scored_tokens: int = 0
+    scored_weight: float = 0.0
 
 
 class Student(Protocol):
@@ -69,10 +83,11 @@ class Student(Protocol):
     @property
     def vocabulary(self) -> Vocabulary: ...
 
-    def forward_backward(self, batch: Batch, objective: Any, divide_by: int) -> StepSums:
+    def forward_backward(self, batch: Batch, objective: Any, divide_by: float) -> StepSums:
         """Adds the gradient of (sum over scored rows) / `divide_by` to what is accumulated; returns undivided sums.
 
-        `divide_by` is the number of scored tokens of the whole step, over all micro-batches and ranks. `objective` is objectives.Objective.
+        `divide_by` is the sum of `Batch.scored_weight` over the whole step, all micro-batches and ranks: without weights, its number of scored
+        tokens. `objective` is objectives.Objective.
         """
         ...
 

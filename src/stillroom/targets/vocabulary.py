@@ -1,7 +1,8 @@
 """What the ids of a model mean: id -> bytes, which ids are special, and never a mere number.
 
 `size` counts the real tokens, `rows` the width of a model's logits, which may be padded beyond `size`: one tokenizer under heads of 151,936
-and of 152,064 rows is one vocabulary, and two tokenizers of equal size are two. Only the bytes decide.
+and of 152,064 rows is one vocabulary, and two tokenizers of equal size are two. Only the bytes decide; and where two tokenizers have the same tokens,
+a probe of hard texts (`hard_texts`) decides whether they also cut texts into them alike.
 """
 
 from __future__ import annotations
@@ -16,9 +17,30 @@ from types import MappingProxyType
 from typing import Any
 
 from stillroom.core.errors import ModelError, VocabularyError
+from stillroom.core.identities import TokenIds
 
 _FINGERPRINT_DOMAIN = b"stillroom vocabulary 1\n"
 _METASPACE = "\u2581"
+
+# Texts on which tokenizers with the same tokens have been seen to differ: by their normaliser, their pre-tokenizer, their merges or their special tokens.
+_HARD_TEXTS = (
+    # numerals: digit by digit, in threes from the left or from the right, with separators, in other scripts
+    "0", "7 42 365", "1234567890", "12345678901234567890", "3.14159", "-1.5e-10", "1,234,567.89", "2024-02-29T23:59:60Z", "0x1F4A9", "\u0663\u0664\u0665", "\u00b2\u00bd\u2167\u4e94",
+    # white space: at the ends, in runs, of every kind
+    "", " ", "  ", " a", "a ", "a  b", "a        b", "\t", "\t\tx", "\n", "\n\n\n", " \n \n", "a\n  b\n\tc", "a\r\nb\rc", "\u00a0a\u3000b\u2009c", "\u2581a \u2581",
+    # Unicode normal forms: composed and decomposed, ligatures, compatibility characters, syllables and their letters
+    "caf\u00e9", "cafe\u0301", "\u00c5\u212b", "\ufb01\u017f\u1e9b\u0323", "\ud55c\uae00", "\u1112\u1161\u11ab\u1100\u1173\u11af", "\uff21\uff11\uff01", "\u1e69 s\u0323\u0307", "\ufdfa",
+    # emoji: alone, joined, with skin tones, flags, variation selectors
+    "\U0001f642", "a\U0001f642b", "\U0001f468\u200d\U0001f469\u200d\U0001f467", "\U0001f44d\U0001f3fd", "\U0001f1eb\U0001f1f7\U0001f1e9\U0001f1ea", "\u2764\ufe0f\u2764",
+    # control characters and what cannot be seen
+    "\x00", "a\x00b", "\x07\x1b[0m\x7f", "\x85\u2028\u2029", "\u200b\u200d\u00ad", "\ufeffa", "\u202eabc\u202c", "\ufffd", "\ue000\U0010ffff",
+    # words, case, punctuation, code, scripts without spaces
+    "don't DON'T we'Ll", "HelloWORLD helloWorld", "\u0130\u0131\u00df\u03a3\u03c3\u03c2", "!!!???...---", "(a)[b]{c}<d>", "``''\"\u201cq\u201d", "def f(x):\n    return x**2  # y", "https://a.b/c?d=e&f=%20",
+    "\u65e5\u672c\u8a9e\u306e\u6587\u7ae0", "\u4e2d\u6587\uff0c\u6807\u70b9\u3002", "\u0e20\u0e32\u0e29\u0e32\u0e44\u0e17\u0e22", "\u0939\u093f\u0928\u094d\u0926\u0940", "\u0627\u0644\u0639\u064e\u0631\u064e\u0628\u0650\u064a\u064e\u0651\u0629", "a" * 70,
+    # what looks like a special token, whether or not it is one
+    "<s>", "</s>", "<unk>", "[INST] x [/INST]", "<|endoftext|>", "<|im_start|>user\n", "<|eot_id|>", "<start_of_turn>", "<0x0A>", "<|end", "\u0120a",
+)  # fmt: skip
+_PROBED_SPECIAL = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,15 +49,18 @@ class Vocabulary:
 
     `tokens[i]` are the bytes of id i (an id that the tokenizer does not use has none: b""); `special` maps the text of each special token to
     its id; `end_ids` are the ids that end an answer; `rows` is the width of the model's logits, at least `size`. Rows from `size` on are padding.
+    `encodings` has the ids that the tokenizer makes of each of its `hard_texts`; empty where there is no tokenizer.
     """
 
     tokens: tuple[bytes, ...] = field(repr=False)
     special: Mapping[str, int] = field(repr=False, hash=False)
     end_ids: tuple[int, ...]
     rows: int
+    encodings: Mapping[str, TokenIds] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "special", MappingProxyType(dict(self.special)))
+        object.__setattr__(self, "encodings", MappingProxyType(dict(self.encodings)))
         object.__setattr__(self, "end_ids", tuple(self.end_ids))
         if self.rows < len(self.tokens):
             raise ModelError(
@@ -57,7 +82,7 @@ class Vocabulary:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over the bytes of every id in order, then the sorted special ids. Neither `rows` nor `end_ids` enters.
+        """SHA-256 (hex) over the bytes of every id in order, then the sorted special ids. Neither `rows` nor `end_ids` nor `encodings` enters.
 
         Hashed: the domain line, u32 size, then per id u32 length and the bytes, then u32 count and u32 per special id; all little-endian.
         """
@@ -79,6 +104,17 @@ class Vocabulary:
                 return f"id {index} is {mine} in the one and {theirs} in the other"
         return None
 
+    def first_encoding_difference(self, other: Vocabulary) -> str | None:
+        """The first text that both have been probed with and that becomes other ids in `self` than in `other`; None if there is none."""
+        for text, mine in self.encodings.items():
+            theirs = other.encodings.get(text, mine)
+            if mine != theirs:
+                return f"{text!r} is {self._written(mine)} in the one and {other._written(theirs)} in the other"
+        return None
+
+    def _written(self, ids: TokenIds) -> str:
+        return " ".join(repr(self.tokens[i]) if i < self.size else f"id {i}" for i in ids) or "nothing"
+
     def _meaning(self, index: int) -> str:
         if index >= self.size:
             return "no token"
@@ -90,7 +126,7 @@ class Vocabulary:
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Any, rows: int, end_ids: Iterable[int] | None = None) -> Vocabulary:
-        """Reads a Hugging Face tokenizer (anything with `get_vocab` and `added_tokens_decoder`).
+        """Reads a Hugging Face tokenizer (anything with `get_vocab`, `added_tokens_decoder` and `encode`).
 
         Byte-level BPE tokens are mapped back to their bytes; SentencePiece-like tokens have their metaspace made a space and <0xNN> made a
         byte; added tokens, and tokens of any other scheme, are their own UTF-8 text. `end_ids` defaults to the tokenizer's end token.
@@ -108,20 +144,39 @@ class Vocabulary:
         if end_ids is None:
             end = tokenizer.eos_token_id
             end_ids = () if end is None else (int(end),)
-        return cls(tokens=tuple(tokens), special=special, end_ids=tuple(end_ids), rows=rows)
+        encodings = {text: tuple(tokenizer.encode(text, add_special_tokens=False)) for text in hard_texts(special)}
+        return cls(tokens=tuple(tokens), special=special, end_ids=tuple(end_ids), rows=rows, encodings=encodings)
+
+
+def hard_texts(special: Mapping[str, int]) -> tuple[str, ...]:
+    """The texts that a tokenizer is probed with: numerals, runs of white space, Unicode normal forms, emoji, control characters and such, and its own
+    special tokens inside a text (the first 64 by id).
+    """
+    in_order = sorted(special, key=lambda text: special[text])[:_PROBED_SPECIAL]
+    return (*_HARD_TEXTS, *(f"a{text} {text}b" for text in in_order))
 
 
 def require_same(teacher: Vocabulary, student: Vocabulary) -> None:
-    """Raises VocabularyError 'vocabulary-mismatch', naming the first id that differs, unless every id means the same in both."""
-    if teacher.same_as(student):
-        return
-    raise VocabularyError(
-        "vocabulary-mismatch",
-        found=f"{teacher.first_difference(student)} (first the teacher's, {teacher.size} tokens; then the student's, {student.size} tokens)",
-        expected="every id to mean the same in both (the widths of the logits may differ)",
-        why="a distribution over the teacher's ids would teach the student other tokens",
-        do="Use a student with the teacher's tokenizer, or build one with `from_scratch` or `from_teacher`.",
-    )
+    """Raises VocabularyError 'vocabulary-mismatch' unless every id means the same in both, naming the first that does not, and every text that both
+    were probed with becomes the same ids, naming the first that does not. The widths of the logits may differ.
+    """
+    if not teacher.same_as(student):
+        raise VocabularyError(
+            "vocabulary-mismatch",
+            found=f"{teacher.first_difference(student)} (first the teacher's, {teacher.size} tokens; then the student's, {student.size} tokens)",
+            expected="every id to mean the same in both (the widths of the logits may differ)",
+            why="a distribution over the teacher's ids would teach the student other tokens",
+            do="Use a student with the teacher's tokenizer, or build one with `from_scratch` or `from_teacher`.",
+        )
+    difference = teacher.first_encoding_difference(student)
+    if difference is not None:
+        raise VocabularyError(
+            "vocabulary-mismatch",
+            found=f"the same tokens, but {difference} (first the teacher's, then the student's)",
+            expected="both tokenizers to cut every text into the same tokens",
+            why="the student would be taught, and later asked, in other tokens than it has learned to read",
+            do="Use a student with the teacher's tokenizer; or, if that is what you want, copy the teacher's tokenizer files over the student's.",
+        )
 
 
 # -- from the text of a token to its bytes ----------------------------------------------------------------------------

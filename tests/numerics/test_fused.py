@@ -592,8 +592,8 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits(divergence: Divergence, kind
 def test_chunks_share_the_rows_evenly() -> None:
     targets = targets_of("hidden")
     size = 151_936
-    assert fused.chunks_of(512, size, targets, torch.float32, 2048) == [(0, 170), (170, 341), (341, 512)]
+    assert fused.chunks_of(512, size, targets, torch.float32, 2048) == [(0, 171), (171, 342), (342, 512)]
     assert fused.chunks_of(512, size, targets_of("text"), torch.float32, 2048) == [(0, 256), (256, 512)]
-    assert fused.chunks_of(10, SIZE, targets, torch.float32, 4) == [(0, 3), (3, 6), (6, 10)]
+    assert fused.chunks_of(10, SIZE, targets, torch.float32, 4) == [(0, 4), (4, 7), (7, 10)]
     assert fused.chunks_of(0, SIZE, targets, torch.float32, 4) == []
     assert fused.chunks_of(2, 10**9, targets, torch.float32, 4) == [(0, 1), (1, 2)]

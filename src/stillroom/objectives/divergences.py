@@ -44,7 +44,7 @@ _OF_ONE_TEMPERATURE = {
 }
 
 Compare: TypeAlias = Callable[[Tensor, Targets, float], Tensor]
-Slopes: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Slopes: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor, quantities.Room], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

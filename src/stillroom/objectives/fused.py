@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from stillroom.objectives.divergences import Divergence, teacher_log_probs_RV
+from stillroom.objectives.quantities import Room
 from stillroom.targets.kinds import DrawnTargets, FullTargets, HiddenTargets, Targets, TeacherHead, TextTargets, TopKTargets
 from stillroom.targets.rows import slice_targets
 
@@ -98,11 +99,13 @@ def can_fuse(hidden_RD: Tensor, head: LinearHead, terms: Sequence[FusedTerm], ta
 
 
 def chunks_of(rows: int, size: int, targets: Targets, dtype: torch.dtype, most: int) -> list[tuple[int, int]]:
-    """(start, stop) of chunks of at most `most` rows whose logits fit into `BUFFER_BYTES`, all within one row of the same size."""
+    """(start, stop) of chunks of at most `most` rows whose logits fit into `BUFFER_BYTES`, all within one row of the same size, the first no smaller
+    than the others.
+    """
     buffers = 1 + isinstance(targets, HiddenTargets)
     per_chunk = max(1, min(most, BUFFER_BYTES // (buffers * size * dtype.itemsize)))
     count = -(-rows // per_chunk)
-    edges = [rows * place // count for place in range(count + 1)] if count else []
+    edges = [-(-rows * place // count) for place in range(count + 1)] if count else []
     return list(zip(edges, edges[1:], strict=False))
 
 
@@ -119,6 +122,7 @@ class FusedHead:
         self._match_temperature = match_temperature
         self._backward = backward
         self._buffers: dict[str, Tensor] = {}
+        self._blocks = _Blocks()
 
     @torch.no_grad()
     def chunk(
@@ -139,6 +143,7 @@ class FusedHead:
         parts: list[list[Tensor]] = []
         for start in range(0, len(hidden_RD), block_rows := max(1, BLOCK_VALUES // self._size)):
             rows = slice(start, min(start + block_rows, len(hidden_RD)))
+            self._blocks.start(logits_RV[rows])
             block, text = slice_targets(targets, rows.start, rows.stop), slice_targets(labels, rows.start, rows.stop)
             parts.append(self._block(logits_RV[rows], None if teacher_RV is None else teacher_RV[rows], block, text))
             if bias_V is not None:
@@ -189,10 +194,10 @@ class FusedHead:
     def _block(self, logits_RV: Tensor, teacher_RV: Tensor | None, targets: Targets, labels: TextTargets) -> list[Tensor]:
         """Nats per row of each term. The products in `logits_RV` give way to the gradient with respect to them; `teacher_RV` is used up."""
         head, temperature = self._head, self._match_temperature
-        capped_RV = _finish(logits_RV, head.bias_V, head.softcap, head.scale)
+        capped_RV = _finish(logits_RV, head.bias_V, head.softcap, head.scale, self._blocks)
         soft, hard = ([term for term in self._terms if term.reads_text == reads] for reads in (False, True))
         if soft and hard and temperature != 1.0:
-            plain_RV = logits_RV.clone()
+            plain_RV = self._blocks().copy_(logits_RV)
             nats = self._at_one_temperature(plain_RV, None, labels, labels, [], hard)
             nats |= self._at_one_temperature(logits_RV.div_(temperature), teacher_RV, targets, labels, soft, [])
             torch.add(plain_RV, logits_RV, alpha=1.0 / temperature, out=logits_RV)
@@ -205,7 +210,7 @@ class FusedHead:
                 logits_RV.div_(softening)
         if capped_RV is not None:
             # d tanh(x) / dx = 1 - tanh(x)^2
-            logits_RV.addcmul_(logits_RV * capped_RV, capped_RV, value=-1.0)
+            logits_RV.addcmul_(torch.mul(logits_RV, capped_RV, out=self._blocks()), capped_RV, value=-1.0)
         return [nats[term.divergence.name] for term in self._terms]
 
     def _at_one_temperature(
@@ -222,10 +227,10 @@ class FusedHead:
         listed = [_listed(term, labels, dtype) for term in hard]
         match targets:
             case HiddenTargets() | FullTargets() if soft:
-                return _over_all(logits_RV, self._teacher_log_probs(teacher_RV, targets, dtype), soft, listed)
+                return _over_all(logits_RV, self._teacher_log_probs(teacher_RV, targets, dtype), soft, listed, self._blocks)
             case TopKTargets() if soft and targets.ids_RK.shape[-1] == logits_RV.shape[-1]:
-                log_p_RV = torch.empty_like(logits_RV).scatter_(-1, targets.ids_RK.long(), targets.log_probs_RK.to(dtype))
-                return _over_all(logits_RV, log_p_RV, soft, listed)
+                log_p_RV = self._blocks().scatter_(-1, targets.ids_RK.long(), targets.log_probs_RK.to(dtype))
+                return _over_all(logits_RV, log_p_RV, soft, listed, self._blocks)
             case TopKTargets() if soft:
                 return _over_kept(logits_RV, targets, soft, listed)
             case DrawnTargets() if soft:
@@ -238,8 +243,29 @@ class FusedHead:
             return teacher_log_probs_RV(targets, self._match_temperature, dtype)
         assert isinstance(targets, HiddenTargets)
         head: TeacherHead = targets.head
-        _finish(product_RV, head.bias_V, head.softcap, head.scale / self._match_temperature)
+        _finish(product_RV, head.bias_V, head.softcap, head.scale / self._match_temperature, self._blocks)
         return torch.log_softmax(product_RV, dim=-1, out=product_RV)
+
+
+class _Blocks:
+    """Tensors as large as a block, each call another one, the same again for the next block: malloc would scatter them over a hundred MiB."""
+
+    def __init__(self) -> None:
+        self._all: list[Tensor] = []
+        self._used = self._rows = 0
+        self._like_RV = torch.empty(0, 0)
+
+    def start(self, block_RV: Tensor) -> None:
+        """From now on for this block."""
+        if len(block_RV) > len(self._like_RV):
+            self._all, self._like_RV = [], block_RV
+        self._used, self._rows = 0, len(block_RV)
+
+    def __call__(self) -> Tensor:
+        if self._used == len(self._all):
+            self._all.append(torch.empty_like(self._like_RV))
+        self._used += 1
+        return self._all[self._used - 1][: self._rows]
 
 
 def _project(states_RE: Tensor, weight_VE: Tensor, out_RV: Tensor) -> Tensor:
@@ -254,13 +280,13 @@ def _pieces(weight_VD: Tensor) -> list[slice]:
     return [slice(start, min(start + rows, len(weight_VD))) for start in range(0, len(weight_VD), rows)]
 
 
-def _finish(product_RV: Tensor, bias_V: Tensor | None, softcap: float | None, factor: float) -> Tensor | None:
+def _finish(product_RV: Tensor, bias_V: Tensor | None, softcap: float | None, factor: float, room: Room) -> Tensor | None:
     """In place, from states times weights to factor * softcap(product + bias). Returns what tanh gave, where there is a cap."""
     capped_RV = None
     if bias_V is not None:
         product_RV.add_(bias_V[: product_RV.shape[-1]])
     if softcap is not None:
-        capped_RV = torch.tanh(product_RV.div_(softcap))
+        capped_RV = torch.tanh(product_RV.div_(softcap), out=room())
         torch.mul(capped_RV, softcap * factor, out=product_RV)
     elif factor != 1.0:
         product_RV.mul_(factor)
@@ -314,10 +340,10 @@ def _over_ids(logits_RV: Tensor, listed: Sequence[_Listed]) -> dict[str, Tensor]
     return nats
 
 
-def _over_all(logits_RV: Tensor, log_p_RV: Tensor, terms: Sequence[FusedTerm], listed: Sequence[_Listed]) -> dict[str, Tensor]:
+def _over_all(logits_RV: Tensor, log_p_RV: Tensor, terms: Sequence[FusedTerm], listed: Sequence[_Listed], room: Room) -> dict[str, Tensor]:
     log_q_RV = torch.log_softmax(logits_RV, dim=-1, out=logits_RV)
-    q_RV = log_q_RV.exp()
-    nats, slopes_RV = _slopes(log_p_RV, log_q_RV, q_RV, terms)
+    q_RV = torch.exp(log_q_RV, out=room())
+    nats, slopes_RV = _slopes(log_p_RV, log_q_RV, q_RV, terms, room)
     for one in listed:
         nats[one.term.divergence.name] = one.nats_R(log_q_RV)
         one.add_slopes_to(slopes_RV)
@@ -342,7 +368,7 @@ def _over_kept(logits_RV: Tensor, targets: TopKTargets, terms: Sequence[FusedTer
     log_q_RB = bucket_logits_RB - log_normaliser_R1
     log_p_RB = torch.cat([targets.log_probs_RK.to(dtype), targets.tail_log_mass_R.to(dtype).unsqueeze(-1)], dim=-1)
     q_RB = log_q_RB.exp()
-    of_terms, slopes_RB = _slopes(log_p_RB, log_q_RB, q_RB, terms)
+    of_terms, slopes_RB = _slopes(log_p_RB, log_q_RB, q_RB, terms, lambda: torch.empty_like(q_RB))
     total_R1 = slopes_RB.sum(dim=-1, keepdim=True) - sum(one.term.factor for one in listed)
     gradient_RB = slopes_RB - q_RB * (total_R1 / q_RB.sum(dim=-1, keepdim=True))
     logits_RV.mul_(gradient_RB[:, -1:] / sum_R1)
@@ -352,14 +378,14 @@ def _over_kept(logits_RV: Tensor, targets: TopKTargets, terms: Sequence[FusedTer
     return nats | of_terms
 
 
-def _slopes(log_p_RB: Tensor, log_q_RB: Tensor, q_RB: Tensor, terms: Sequence[FusedTerm]) -> tuple[dict[str, Tensor], Tensor]:
+def _slopes(log_p_RB: Tensor, log_q_RB: Tensor, q_RB: Tensor, terms: Sequence[FusedTerm], room: Room) -> tuple[dict[str, Tensor], Tensor]:
     """The nats of each term, and the slopes of their sum, up to a multiple of q: what sum(g) takes away again."""
-    p_RB = log_p_RB.exp()
+    p_RB = torch.exp(log_p_RB, out=room())
     nats: dict[str, Tensor] = {}
     sum_RB: Tensor | None = None
     for term in terms:
         assert term.divergence.over_buckets is not None, "can_fuse sees to that"
-        nats[term.divergence.name], slopes_RB = term.divergence.over_buckets(log_p_RB, log_q_RB, p_RB, q_RB)
+        nats[term.divergence.name], slopes_RB = term.divergence.over_buckets(log_p_RB, log_q_RB, p_RB, q_RB, room)
         if term.factor != 1.0:
             slopes_RB.mul_(term.factor)
         sum_RB = slopes_RB if sum_RB is None else sum_RB.add_(slopes_RB)

@@ -9,9 +9,13 @@ value is large and the gradient points home.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
+
+Room: TypeAlias = Callable[[], Tensor]
 
 LOG_OF_ZERO = -100.0
 # Two log-probabilities that differ by no more than so many units of rounding are equal as far as the arithmetic can tell.
@@ -82,58 +86,60 @@ def alpha_beta_R(log_p_RB: Tensor, log_q_RB: Tensor, alpha: float, beta: float) 
 #
 # The same quantities, in one pass and without autograd: (log p, log q, p, q) to one number for each row and, for each bucket, the derivative with
 # respect to log q_b, R x B, up to a multiple of q: a multiple of q moves the logits alike, and a softmax takes it away again. Nothing that is given is
-# written to; m is the mixture.
+# written to; m is the mixture. `room()` gives another uninitialised tensor of that shape each time: what is large is computed in such.
 
 
-def forward_kl_slopes(log_p_RB: Tensor, log_q_RB: Tensor, p_RB: Tensor, q_RB: Tensor) -> tuple[Tensor, Tensor]:
+def forward_kl_slopes(log_p_RB: Tensor, log_q_RB: Tensor, p_RB: Tensor, q_RB: Tensor, room: Room) -> tuple[Tensor, Tensor]:
     """Slopes -p."""
-    return _expected_R(p_RB, log_p_RB - log_q_RB), p_RB.neg()
+    return _expected_R(p_RB, torch.sub(log_p_RB, log_q_RB, out=room())), torch.neg(p_RB, out=room())
 
 
-def reverse_kl_slopes(log_p_RB: Tensor, log_q_RB: Tensor, p_RB: Tensor, q_RB: Tensor) -> tuple[Tensor, Tensor]:
+def reverse_kl_slopes(log_p_RB: Tensor, log_q_RB: Tensor, p_RB: Tensor, q_RB: Tensor, room: Room) -> tuple[Tensor, Tensor]:
     """Slopes q (log q - log p)."""
-    slopes_RB = torch.sub(log_q_RB, _without_any_zeros(log_p_RB)).mul_(q_RB)
+    slopes_RB = torch.sub(log_q_RB, _without_any_zeros(log_p_RB), out=room()).mul_(q_RB)
     return slopes_RB.sum(dim=-1), slopes_RB
 
 
-def generalized_jsd_slopes(log_p_RB: Tensor, log_q_RB: Tensor, p_RB: Tensor, q_RB: Tensor, weight_on_teacher: float) -> tuple[Tensor, Tensor]:
+def generalized_jsd_slopes(
+    log_p_RB: Tensor, log_q_RB: Tensor, p_RB: Tensor, q_RB: Tensor, room: Room, weight_on_teacher: float
+) -> tuple[Tensor, Tensor]:
     """Slopes (1 - w) q log(q / m)."""
-    log_m_RB = _mixture_RB(p_RB, q_RB, weight_on_teacher).log_()
-    slopes_RB = torch.sub(log_q_RB, log_m_RB).mul_(q_RB).mul_(1.0 - weight_on_teacher)
+    log_m_RB = _mixture_RB(p_RB, q_RB, weight_on_teacher, room()).log_()
+    slopes_RB = torch.sub(log_q_RB, log_m_RB, out=room()).mul_(q_RB).mul_(1.0 - weight_on_teacher)
     from_teacher_R = _expected_R(p_RB, torch.sub(log_p_RB, log_m_RB, out=log_m_RB))
     return slopes_RB.sum(dim=-1).add_(from_teacher_R, alpha=weight_on_teacher), slopes_RB
 
 
-def skew_forward_kl_slopes(log_p_RB: Tensor, log_q_RB: Tensor, p_RB: Tensor, q_RB: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+def skew_forward_kl_slopes(log_p_RB: Tensor, log_q_RB: Tensor, p_RB: Tensor, q_RB: Tensor, room: Room, alpha: float) -> tuple[Tensor, Tensor]:
     """Slopes -(1 - alpha) p q / m."""
-    mixture_RB = _mixture_RB(p_RB, q_RB, alpha)
-    slopes_RB = torch.mul(p_RB, q_RB).div_(mixture_RB).mul_(alpha - 1.0)
+    mixture_RB = _mixture_RB(p_RB, q_RB, alpha, room())
+    slopes_RB = torch.mul(p_RB, q_RB, out=room()).div_(mixture_RB).mul_(alpha - 1.0)
     return _expected_R(p_RB, torch.sub(log_p_RB, mixture_RB.log_(), out=mixture_RB)), slopes_RB
 
 
-def skew_reverse_kl_slopes(log_p_RB: Tensor, log_q_RB: Tensor, p_RB: Tensor, q_RB: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+def skew_reverse_kl_slopes(log_p_RB: Tensor, log_q_RB: Tensor, p_RB: Tensor, q_RB: Tensor, room: Room, alpha: float) -> tuple[Tensor, Tensor]:
     """Slopes q log(q / m) + (1 - alpha) p q / m."""
-    mixture_RB = _mixture_RB(p_RB, q_RB, 1.0 - alpha)
-    shared_RB = torch.mul(p_RB, q_RB).div_(mixture_RB)
+    mixture_RB = _mixture_RB(p_RB, q_RB, 1.0 - alpha, room())
+    shared_RB = torch.mul(p_RB, q_RB, out=room()).div_(mixture_RB)
     slopes_RB = torch.sub(log_q_RB, mixture_RB.log_(), out=mixture_RB).mul_(q_RB)
     return slopes_RB.sum(dim=-1), slopes_RB.add_(shared_RB, alpha=1.0 - alpha)
 
 
-def total_variation_slopes(log_p_RB: Tensor, log_q_RB: Tensor, p_RB: Tensor, q_RB: Tensor) -> tuple[Tensor, Tensor]:
+def total_variation_slopes(log_p_RB: Tensor, log_q_RB: Tensor, p_RB: Tensor, q_RB: Tensor, room: Room) -> tuple[Tensor, Tensor]:
     """Slopes q sign(q - p) / 2, and 0 where p and q are equal up to rounding."""
-    difference_RB = q_RB - p_RB
-    slopes_RB = difference_RB.sign().mul_(q_RB).mul_(0.5)
-    slopes_RB.masked_fill_((log_p_RB - log_q_RB).abs_() <= _ROUNDING_UNITS * torch.finfo(log_q_RB.dtype).eps, 0.0)
+    difference_RB = torch.sub(q_RB, p_RB, out=room())
+    slopes_RB = torch.sign(difference_RB, out=room()).mul_(q_RB).mul_(0.5)
+    slopes_RB.masked_fill_(torch.sub(log_p_RB, log_q_RB, out=room()).abs_() <= _ROUNDING_UNITS * torch.finfo(log_q_RB.dtype).eps, 0.0)
     return difference_RB.abs_().sum(dim=-1).mul_(0.5), slopes_RB
 
 
-def alpha_beta_slopes(log_p_RB: Tensor, log_q_RB: Tensor, p_RB: Tensor, q_RB: Tensor, alpha: float, beta: float) -> tuple[Tensor, Tensor]:
+def alpha_beta_slopes(log_p_RB: Tensor, log_q_RB: Tensor, p_RB: Tensor, q_RB: Tensor, room: Room, alpha: float, beta: float) -> tuple[Tensor, Tensor]:
     """Slopes q^beta (q^alpha - p^alpha) / alpha, or q^beta (log q - log p) where alpha is 0; computed as in `alpha_beta_R`, no exponential above 1."""
     finite_RB = _without_any_zeros(log_p_RB)
-    apart_RB = finite_RB - log_q_RB
+    apart_RB = torch.sub(finite_RB, log_q_RB, out=room())
     teacher_more_RB = apart_RB > 0
     # By the larger of the two: q^s (1 - e^(alpha d)) / alpha, or q^beta p^alpha (e^(-alpha d) - 1) / alpha.
-    weights_RB = torch.maximum(finite_RB, log_q_RB).mul_(alpha).add_(log_q_RB, alpha=beta).exp_()
+    weights_RB = torch.maximum(finite_RB, log_q_RB, out=room()).mul_(alpha).add_(log_q_RB, alpha=beta).exp_()
     grown_RB = _grown(apart_RB.abs_().neg_(), alpha)
     slopes_RB = torch.where(teacher_more_RB, grown_RB, -grown_RB).mul_(weights_RB)
     if alpha > 0:
@@ -153,10 +159,10 @@ def _expected_R(p_RB: Tensor, differences_RB: Tensor) -> Tensor:
     return differences_RB.clamp_(min=smallest).mul_(p_RB).sum(dim=-1)
 
 
-def _mixture_RB(p_RB: Tensor, q_RB: Tensor, weight_on_teacher: float) -> Tensor:
+def _mixture_RB(p_RB: Tensor, q_RB: Tensor, weight_on_teacher: float, out_RB: Tensor) -> Tensor:
     """The sum w p + (1 - w) q, and above 0 where both are too small for a float: such a bucket's share is 0 whatever its logarithm."""
     tiny = torch.finfo(q_RB.dtype).tiny
-    return torch.mul(q_RB, 1.0 - weight_on_teacher).add_(p_RB, alpha=weight_on_teacher).clamp_(min=tiny)
+    return torch.mul(q_RB, 1.0 - weight_on_teacher, out=out_RB).add_(p_RB, alpha=weight_on_teacher).clamp_(min=tiny)
 
 
 def _bracket_RB(apart_RB: Tensor, *, factor: float, first: float, second: float) -> Tensor:

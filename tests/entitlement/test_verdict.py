@@ -109,7 +109,26 @@ def test_who_asserts_that_nothing_competes_is_recorded() -> None:
     assert any("A. Counsel asserts: not competes, because it reads invoices" in obligation.says for obligation in verdict.obligations)
     general = decide([source], replace(use, facts=use.facts | {"task": "general-llm"}), builtin(), circumstances)
     assert general.outcome == "deny"
-    assert any("rule of the house" in warning for warning in general.warnings) or any("competes" in fact for fact in general.facts)
+    assert any("rule of the house" in warning for warning in general.warnings)
+    # What is stated does not get round the rule, and is not told to.
+    assert not any("competes" in change for change in general.changed_by)
+    assert any("task is" in change for change in general.changed_by)
+
+
+def test_a_rule_of_the_house_is_not_got_round_by_not_saying_what_the_student_does() -> None:
+    source = Source(name="gpt-5.2", access="api:openai")
+    circumstances = Circumstances(
+        today=TODAY, confirmations=confirmed(["openai-services-agreement@2026-01-01", "openai-usage-policies@2025-10-29"], TODAY)
+    )
+    facts = {name: value for name, value in FACTS.items() if name != "task"} | {"competes": False}
+    verdict = decide([source], Use(facts=facts), builtin(), circumstances)
+    assert (verdict.outcome, verdict.asks) == ("unknown", "task")
+
+
+def test_a_model_that_is_said_to_be_reached_through_another_maker_is_asked_about() -> None:
+    circumstances = Circumstances(today=TODAY, confirmations=confirmed(["deepseek-open-platform-terms@2026-04-29"], TODAY))
+    verdict = decide([Source(name="gpt-5.2", access="api:deepseek")], Use(facts=FACTS), builtin(), circumstances)
+    assert (verdict.outcome, verdict.asks) == ("unknown", "service")
 
 
 def test_another_text_than_the_records_does_not_count_and_neither_does_an_old_reading() -> None:

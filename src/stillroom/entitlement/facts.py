@@ -24,6 +24,8 @@ _EU = frozenset("AT BE BG HR CY CZ DK EE FI FR DE GR HU IE IT LV LT LU MT NL PL 
 GROUPS = {"EU": _EU, "EEA": _EU | {"IS", "LI", "NO"}}
 # JSON holds no larger whole number exactly, and digests are made of JSON.
 _LARGEST = 2**53 - 1
+NEVER: Condition = {"any": []}
+"""The condition that never holds."""
 # Stands for every country that no condition names.
 _ELSEWHERE = "ZZ"
 
@@ -159,6 +161,57 @@ def describe_condition(condition: Condition) -> str:
         else:
             parts.append(phrase(key, test))
     return " and ".join(parts) or "always"
+
+
+# --- conditions that are partly known ---------------------------------------------------------------------------------------------------
+
+
+def settled(condition: Condition, known: Facts) -> Condition:
+    """The condition with these facts put in."""
+    found: dict[str, Any] = {}
+    for key, test in condition.items():
+        if key in ("any", "all"):
+            found[key] = [settled(part, known) for part in test]
+        elif key == "not":
+            found[key] = settled(test, known)
+        elif key in known:
+            if not holds({key: test}, known):
+                return NEVER
+        else:
+            found[key] = test
+    return found
+
+
+def with_meanings(condition: Condition, meanings: Mapping[str, Condition]) -> Condition:
+    """The condition with each flag in `meanings` put for the condition under which it is yes."""
+    parts: list[Condition] = []
+    for key, test in condition.items():
+        if key in ("any", "all"):
+            parts.append({key: [with_meanings(part, meanings) for part in test]})
+        elif key == "not":
+            parts.append({"not": with_meanings(test, meanings)})
+        elif key in meanings:
+            parts.append(meanings[key] if test is True else {"not": meanings[key]})
+        else:
+            parts.append({key: test})
+    return parts[0] if len(parts) == 1 else {"all": parts}
+
+
+def left_open(condition: Condition, facts: Facts) -> Condition:
+    """What is left of a condition when all that is known has been put in."""
+    parts: list[Condition] = []
+    for key, test in condition.items():
+        one = {key: test}
+        if holds(one, facts) is True:
+            continue
+        if key == "all":
+            parts += [left for part in test if (left := left_open(part, facts))]
+        elif key == "any":
+            options = [left for part in test if holds(part, facts) is not False and (left := left_open(part, facts))]
+            parts.append({"any": options} if len(options) > 1 else options[0])
+        else:
+            parts.append(one)
+    return parts[0] if len(parts) == 1 else {"all": parts} if parts else {}
 
 
 def _one(key: str, test: Any, facts: Facts) -> bool | None:

@@ -209,6 +209,15 @@ class Catalogue:
                 direct += [(family, f"{source.through} hosts it", None) for family in hosts]
                 direct += [(family, f"{self._provider(source)} makes it, whoever serves it", None) for family in self._policies(source)]
             case "api" | "consumer":
+                maker = self._provider(source)
+                if maker is not None and maker != source.through:
+                    question = f"Who serves {source.name}? It is known as {maker}'s: write terms.access api:{maker}, or host:NAME for somebody else's servers"
+                    yield Gap(
+                        source=source,
+                        found=f"{source.name} is known as {maker}'s, and is said to be reached through {source.access}",
+                        question=question,
+                        asks="service",
+                    )
                 services = self._families(source)
                 if not services:
                     question = f"What do {source.through!r}'s terms say about training on outputs? Add a record: stillroom terms add FILE"

@@ -15,7 +15,7 @@ from typing import Literal, TypeAlias, TypeVar
 from stillroom.entitlement.facts import Facts
 from stillroom.entitlement.library import Catalogue, Source
 from stillroom.entitlement.records import DutyKind, Record
-from stillroom.entitlement.verdict import Circumstances, Obligation, Use, Verdict, begins_with, judge, with_house_rules
+from stillroom.entitlement.verdict import Circumstances, Obligation, Use, Verdict, begins_with, judge
 
 README, NOTICE, LICENSE, CHECKLIST = "README.md", "NOTICE", "LICENSE", "obligations.md"
 
@@ -65,12 +65,11 @@ def verdicts_by_source(sources: Iterable[Source], use: Use, catalogue: Catalogue
     """
     sources = tuple(sources)
     everything, _ = catalogue.applying(sources, circumstances.today)
-    use = replace(use, facts=with_house_rules(use.facts, catalogue))
     found = {}
     for name in dict.fromkeys(source.name for source in sources):
         applied, gaps = catalogue.applying([source for source in sources if source.name == name], circumstances.today)
         others = [replace(one, record=_mute(one.record)) for one in everything if one not in applied and one.source.role in ("teacher", "base")]
-        verdict = judge((*applied, *others), gaps, use, circumstances)
+        verdict = judge((*applied, *others), gaps, use, circumstances, catalogue.house_rules)
         found[name] = replace(verdict, instruments=tuple(sorted({f"{one.record.id} {one.record.sha256}" for one in applied})))
     return found
 

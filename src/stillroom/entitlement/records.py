@@ -270,10 +270,10 @@ class Alias(_Part):
 
 
 class HouseRule(_Part):
-    """A fact that follows from others by a rule of the house, because instruments leave it undefined."""
+    """A fact that is taken to hold where others do, because instruments leave it undefined. A rule can only be stricter: none makes a fact untrue."""
 
     fact: str
-    value: bool
+    value: Literal[True]
     when: dict[str, Any]
     why: str
 

@@ -19,14 +19,28 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from itertools import product
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from stillroom.core.errors import EntitlementDenied, EntitlementUnknown
 from stillroom.core.hashing import canonical_json, sha256_hex
 from stillroom.core.identities import Json
-from stillroom.entitlement.facts import FACTS, Condition, Facts, FactValue, describe_condition, domain, facts_of, holds, phrase
+from stillroom.entitlement.facts import (
+    FACTS,
+    NEVER,
+    Condition,
+    Facts,
+    FactValue,
+    describe_condition,
+    domain,
+    facts_of,
+    holds,
+    left_open,
+    phrase,
+    settled,
+    with_meanings,
+)
 from stillroom.entitlement.library import CATALOGUE_DATE, Applied, Catalogue, Gap, Source, matches
-from stillroom.entitlement.records import GRADES, Action, Authorisation, Clause, DutyKind, Grade
+from stillroom.entitlement.records import GRADES, Action, Authorisation, Clause, DutyKind, Grade, HouseRule
 
 Outcome: TypeAlias = Literal["allow", "allow-with-obligations", "deny", "unknown"]
 Standing: TypeAlias = Literal[
@@ -58,7 +72,6 @@ _ACTIONS: dict[Action, Condition] = {
     "evaluate-only": {"purpose": "evaluate"},
 }
 _MOST_COMPLETIONS = 4096
-_NEVER: Condition = {"any": []}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,12 +214,11 @@ def decide(sources: Iterable[Source], use: Use, catalogue: Catalogue, circumstan
     """The verdict on learning from `sources` for this use. Pure: reads nothing but its arguments."""
     sources = tuple(sources)
     applied, gaps = catalogue.applying(sources, circumstances.today)
-    facts = with_house_rules(use.facts, catalogue)
-    verdict = judge(applied, gaps, replace(use, facts=facts), circumstances)
+    verdict = judge(applied, gaps, use, circumstances, catalogue.house_rules)
     house = tuple(
-        f"{phrase(rule.fact, rule.value)}: by a rule of the house, {rule.why}"
+        f"{phrase(rule.fact, True)}: by a rule of the house, {rule.why}"
         for rule in catalogue.house_rules
-        if rule.fact not in use.facts and rule.fact in facts and holds(rule.when, facts)
+        if use.facts.get(rule.fact) is not True and holds(rule.when, use.facts)
     )
     contested = tuple(
         f"{source.name}: how it was made is contested; this is a warning and denies nothing"
@@ -220,9 +232,9 @@ def decide(sources: Iterable[Source], use: Use, catalogue: Catalogue, circumstan
     )
 
 
-def judge(applied: Sequence[Applied], gaps: Sequence[Gap], use: Use, circumstances: Circumstances) -> Verdict:
-    """The verdict over instruments that are already known to apply."""
-    case = _Case(applied, gaps, circumstances)
+def judge(applied: Sequence[Applied], gaps: Sequence[Gap], use: Use, circumstances: Circumstances, rules: Sequence[HouseRule] = ()) -> Verdict:
+    """The verdict over instruments that are already known to apply, with the rules of the house."""
+    case = _Case(applied, gaps, circumstances, rules)
     outcome = case.outcome(use.facts)
     obligations = case.obligations(use) if outcome in ("allow", "allow-with-obligations") else ()
     if outcome == "allow" and obligations:
@@ -268,15 +280,6 @@ def _told(verdict: Verdict) -> str:
     )
 
 
-def with_house_rules(facts: Facts, catalogue: Catalogue) -> dict[str, FactValue]:
-    """The facts with those that follow by rules of the house."""
-    found = dict(facts)
-    for rule in catalogue.house_rules:
-        if holds(rule.when, found):
-            found[rule.fact] = rule.value
-    return found
-
-
 def _alternatives(sources: Sequence[Source], use: Use, catalogue: Catalogue, circumstances: Circumstances) -> tuple[str, ...]:
     """Teachers on file, of the most similar size first, with which the same use would be allowed."""
     teacher = next((source for source in sources if source.role == "teacher"), None)
@@ -315,13 +318,15 @@ class _Point:
 class _Case:
     """Instruments that apply, under some circumstances, asked about facts of which some may be missing."""
 
-    def __init__(self, applied: Sequence[Applied], gaps: Sequence[Gap], circumstances: Circumstances) -> None:
+    def __init__(self, applied: Sequence[Applied], gaps: Sequence[Gap], circumstances: Circumstances, rules: Sequence[HouseRule]) -> None:
         self.applied, self.gaps, self.circumstances = applied, gaps, circumstances
         families = _Families(
             bases=frozenset(one.record.family for one in applied if one.source.role == "base"),
             teachers=frozenset(one.record.family for one in applied if one.source.role == "teacher"),
         )
-        points = [_point(one, clause, families) for one in applied for clause in one.record.clauses]
+        # By a rule of the house a fact is what it says wherever the rule holds, whatever is stated.
+        meanings = {rule.fact: {"any": [{rule.fact: True}, rule.when]} for rule in rules}
+        points = [_point(one, clause, families, meanings) for one in applied for clause in one.record.clauses]
         self.prohibitions = [point for point in points if point.clause.effect == "prohibit"]
         self.duties = [point for point in points if point.clause.effect == "oblige"]
         self.grants = [point for point in points if point.clause.effect in ("permit", "silent")]
@@ -485,7 +490,7 @@ class _Case:
     def _reason(self, point: _Point, standing: Standing, facts: Facts) -> Reason:
         record, clause = point.one.record, point.clause
         evidence = record.evidence_of(clause)
-        looked_at = facts_of(clause.when, clause.unless or {})
+        looked_at = facts_of(point.when)
         return Reason(
             standing=standing,
             source=point.one.source.name,
@@ -544,7 +549,7 @@ class _Case:
                     flows_to=duty.flows_to,
                     title=point.one.record.title,
                     url=point.one.record.url,
-                    condition=None if bears else describe_condition(_open_part(point.bears, use.facts)),
+                    condition=None if bears else describe_condition(left_open(point.bears, use.facts)),
                     met=_prefix_met(duty.text, use.student_name) if duty.kind == "name-prefix" else None,
                 ),
             )
@@ -553,36 +558,35 @@ class _Case:
     def _recorded(self, use: Use) -> Iterator[Obligation]:
         for assertion in use.assertions:
             asked = [point for point in self.prohibitions if assertion.fact in facts_of(point.clause.when, point.clause.unless or {})]
-            for point in sorted(asked, key=self._order)[:1]:
-                stated = phrase(assertion.fact, assertion.value)
-                yield Obligation(
-                    duty="other",
-                    record=point.one.record.id,
-                    clause=point.clause.id,
-                    source=point.one.source.name,
-                    says=f"keep on file that {assertion.asserted_by} asserts: {stated}, because {assertion.why}; the text leaves it undefined, and its owner may see it otherwise",
-                    text=None,
-                    flows_to=("maker",),
-                    title=point.one.record.title,
-                    url=point.one.record.url,
-                )
+            stated = phrase(assertion.fact, assertion.value)
+            yield from self._kept_on_file(
+                asked,
+                f"keep on file that {assertion.asserted_by} asserts: {stated}, because {assertion.why}; the text leaves it undefined, and its owner may see it otherwise",
+            )
         for attached in self.circumstances.authorisations:
             permission = attached.authorisation
             lifted = [
                 p for p in self.prohibitions if holds(p.bears, use.facts) is not False and self._lifts(attached, p.one, p.clause.actions, use.facts)
             ]
-            for point in sorted(lifted, key=self._order)[:1]:
-                yield Obligation(
-                    duty="other",
-                    record=point.one.record.id,
-                    clause=point.clause.id,
-                    source=point.one.source.name,
-                    says=f"keep to the authorisation {permission.id} of {permission.grantor} (until {permission.expires}): {'; '.join(permission.conditions) or 'no conditions named'}",
-                    text=None,
-                    flows_to=("maker",),
-                    title=point.one.record.title,
-                    url=point.one.record.url,
-                )
+            conditions = "; ".join(permission.conditions) or "no conditions named"
+            yield from self._kept_on_file(
+                lifted, f"keep to the authorisation {permission.id} of {permission.grantor} (until {permission.expires}): {conditions}"
+            )
+
+    def _kept_on_file(self, points: Iterable[_Point], says: str) -> Iterator[Obligation]:
+        """One obligation on the maker, under the first of the clauses that it concerns; none where it concerns none."""
+        for point in sorted(points, key=self._order)[:1]:
+            yield Obligation(
+                duty="other",
+                record=point.one.record.id,
+                clause=point.clause.id,
+                source=point.one.source.name,
+                says=says,
+                text=None,
+                flows_to=("maker",),
+                title=point.one.record.title,
+                url=point.one.record.url,
+            )
 
     def question(self, facts: Facts) -> tuple[str, str]:
         """The one question, and what it asks for: a fact that can change the answer; else what is not on file; else a text to confirm."""
@@ -693,16 +697,16 @@ class _Families:
 
     def in_family(self, family: str) -> Condition:
         """When a student starts from weights under this instrument: always, never, or if it is made of its teacher's weights."""
-        return {} if family in self.bases else {"method": "weights"} if family in self.teachers else _NEVER
+        return {} if family in self.bases else {"method": "weights"} if family in self.teachers else NEVER
 
 
-def _point(one: Applied, clause: Clause, families: _Families) -> _Point:
-    actions = [_of_role(one.source.role, action) for action in clause.actions]
+def _point(one: Applied, clause: Clause, families: _Families, meanings: Mapping[str, Condition]) -> _Point:
+    actions = [with_meanings(_of_role(one.source.role, action), meanings) for action in clause.actions]
     when: Condition = {"all": [clause.when, {"not": clause.unless}]} if clause.unless is not None else clause.when
     known = _SETTLED.get(one.source.role)
     if known is not None:
-        when = _put_in(when, known)
-    when = _with_family(when, families.in_family(one.record.family))
+        when = settled(when, known)
+    when = with_meanings(when, {"in_family": families.in_family(one.record.family), **meanings})
     return _Point(one, clause, {"all": [{"any": actions}, when]}, when)
 
 
@@ -711,58 +715,10 @@ def _of_role(role: str, action: Action) -> Condition:
         if action == "init-from-weights":
             return {"purpose": "train"}
         if action in ("train-on-output", "generate-for-training", "use-logits", "publish-dataset"):
-            return _NEVER
+            return NEVER
     if role in ("dataset", "ancestor") and action in ("use-logits", "init-from-weights"):
-        return _NEVER
+        return NEVER
     return _ACTIONS[action]
-
-
-def _put_in(condition: Condition, known: Facts) -> Condition:
-    """The condition with these facts put in."""
-    found: dict[str, Any] = {}
-    for key, test in condition.items():
-        if key in ("any", "all"):
-            found[key] = [_put_in(part, known) for part in test]
-        elif key == "not":
-            found[key] = _put_in(test, known)
-        elif key in known:
-            if not holds({key: test}, known):
-                return _NEVER
-        else:
-            found[key] = test
-    return found
-
-
-def _with_family(condition: Condition, in_family: Condition) -> Condition:
-    """The condition with what `in_family` comes to for one instrument."""
-    parts: list[Condition] = []
-    for key, test in condition.items():
-        if key in ("any", "all"):
-            parts.append({key: [_with_family(part, in_family) for part in test]})
-        elif key == "not":
-            parts.append({"not": _with_family(test, in_family)})
-        elif key == "in_family":
-            parts.append(in_family if test is True else {"not": in_family})
-        else:
-            parts.append({key: test})
-    return parts[0] if len(parts) == 1 else {"all": parts}
-
-
-def _open_part(condition: Condition, facts: Facts) -> Condition:
-    """What is left of a condition when all that is known has been put in."""
-    parts: list[Condition] = []
-    for key, test in condition.items():
-        one = {key: test}
-        if holds(one, facts) is True:
-            continue
-        if key == "all":
-            parts += [left for part in test if (left := _open_part(part, facts))]
-        elif key == "any":
-            options = [left for part in test if holds(part, facts) is not False and (left := _open_part(part, facts))]
-            parts.append({"any": options} if len(options) > 1 else options[0])
-        else:
-            parts.append(one)
-    return parts[0] if len(parts) == 1 else {"all": parts} if parts else {}
 
 
 def _prefix_met(prefix: str | None, name: str | None) -> bool | None:

@@ -11,8 +11,8 @@ from typing import Any
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from stillroom.entitlement.facts import FACTS, domain, facts_of
-from stillroom.entitlement.library import Applied, Source
+from stillroom.entitlement.facts import FACTS, domain, facts_of, phrase
+from stillroom.entitlement.library import Applied, Source, builtin
 from stillroom.entitlement.records import Evidence, Record
 from stillroom.entitlement.verdict import Circumstances, Confirmation, Use, Verdict, judge
 
@@ -117,7 +117,7 @@ def confirmations(draw: st.DrawFn) -> dict[str, Confirmation]:
 
 
 def verdict(applied: list[Applied], use: Use, confirmed: dict[str, Confirmation], today: date = TODAY) -> Verdict:
-    return judge(applied, (), use, Circumstances(today=today, confirmations=confirmed))
+    return judge(applied, (), use, Circumstances(today=today, confirmations=confirmed), builtin().house_rules)
 
 
 @settings(max_examples=300)
@@ -193,6 +193,11 @@ def test_what_would_change_it_does(applied: list[Applied], use: Use, confirmed: 
     if found.outcome == "deny":
         assert found.reasons
         assert found.changed_by
+    tested = [condition for one in applied for clause in one.record.clauses for condition in (clause.when, clause.unless or {})]
+    for name in use.facts:
+        for value in domain(name, tested):
+            if f"allowed if {phrase(name, value)}" in found.changed_by:
+                assert verdict(applied, replace(use, facts={**use.facts, name: value}), confirmed).allows
     if found.allows:
         assert not found.changed_by
         assert found.outcome == ("allow-with-obligations" if found.obligations else "allow")

@@ -15,7 +15,7 @@ from typing import Literal, TypeAlias
 from stillroom.core.errors import EntitlementError
 from stillroom.core.hashing import canonical_json, sha256_hex
 from stillroom.entitlement.reading import read_terms
-from stillroom.entitlement.records import CatalogueFile, Evidence, HouseRule, Record, Subject
+from stillroom.entitlement.records import Alias, CatalogueFile, Evidence, HouseRule, Record, Subject
 
 # The day on which the notes that the catalogue was written from were last checked, and what users pin.
 CATALOGUE_DATE = date(2026, 11, 24)
@@ -325,17 +325,17 @@ class Catalogue:
 
     def _check_references(self) -> None:
         families = {record.family for record in self.records.values()}
-        for record in self.records.values():
-            for family in record.incorporates:
-                if family not in families:
-                    raise _invalid(f"{record.id} incorporates {family}, of which there is no record")
-        for subject in self.subjects:
-            for family in subject.instruments:
-                if family not in families:
-                    raise _invalid(f"{subject.names[0]} is said to be under {family}, of which there is no record")
-        for name, family in self.aliases.items():
+        named = references(self.records.values(), self.subjects, [Alias(family=family, names=(name,)) for name, family in self.aliases.items()])
+        for who, family in named:
             if family not in families:
-                raise _invalid(f"the licence id {name!r} stands for {family}, of which there is no record")
+                raise _invalid(f"{who} names {family}, of which there is no record")
+
+
+def references(records: Iterable[Record], subjects: Iterable[Subject], aliases: Iterable[Alias]) -> Iterator[tuple[str, str]]:
+    """(who, family) of each family that a record, a model or an alias names: there must be a record of it."""
+    yield from ((record.id, family) for record in records for family in record.incorporates)
+    yield from ((subject.names[0], family) for subject in subjects for family in subject.instruments)
+    yield from ((alias.names[0], alias.family) for alias in aliases)
 
 
 @lru_cache(maxsize=1)

@@ -26,7 +26,7 @@ from typing import Any
 from stillroom.core import durable
 from stillroom.core.errors import EntitlementError, RunError
 from stillroom.core.hashing import sha256_file, sha256_hex
-from stillroom.entitlement.library import Catalogue, builtin
+from stillroom.entitlement.library import Catalogue, builtin, references
 from stillroom.entitlement.reading import read_terms
 from stillroom.entitlement.records import CatalogueFile, Record
 from stillroom.entitlement.verdict import Attached, Confirmation
@@ -319,10 +319,7 @@ def _refuse_authorisations(path: Path, file: CatalogueFile) -> None:
 
 def _check_references(path: Path, file: CatalogueFile, catalogue: Catalogue) -> None:
     families = {record.family for record in (*catalogue.records.values(), *file.records)}
-    named = [(record.id, family) for record in file.records for family in record.incorporates]
-    named += [(subject.names[0], family) for subject in file.models for family in subject.instruments]
-    named += [(alias.names[0], alias.family) for alias in file.aliases]
-    for who, family in named:
+    for who, family in references(file.records, file.models, file.aliases):
         if family not in families:
             found = f"{path}:{_line_with(path, family)}: {who} names {family}, of which there is no record"
             raise _invalid(found, "the family of a record", "Add that record too, or correct the name; `stillroom terms list` has the ids.")

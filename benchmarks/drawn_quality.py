@@ -74,23 +74,33 @@ def main() -> None:
     arguments.add_argument("--prompts", type=int, default=demo.PROMPTS, help="of the demo's prompts, how many")
     arguments.add_argument("--steps", type=int, help="of training; by default the demo's")
     arguments.add_argument("--held-out", type=int, default=10_000, help="held-out expressions to draw; equal ones count once")
-    arguments.add_argument("--control", action="store_true", help="also train densely with half the micro-batch: the same but for rounding")
+    arguments.add_argument(
+        "--control",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="SEED",
+        help="seeds to train densely once more, with half the micro-batch: the same but for rounding",
+    )
     arguments.add_argument("--work", type=Path, help="where to keep everything; by default it is removed")
     arguments.add_argument("--part", action="store_true", help="train and measure into --work, and write no result")
     given = arguments.parse_args()
     if given.part and given.work is None:
         arguments.error("--part needs --work")
+    if not set(given.control) <= set(given.seeds):
+        arguments.error("--control takes some of --seeds")
     with tempfile.TemporaryDirectory(prefix="stillroom-bench-") as temporary:
         study = Study.begin(given.work or Path(temporary), given)
-        arms = [_DENSE, *([_CONTROL] if given.control else []), *(f"drawn-{draws}" for draws in given.draws)]
-        sums = {arm: [study.measured(seed, arm) for seed in given.seeds] for arm in arms}
+        dense = {seed: study.measured(seed, _DENSE) for seed in given.seeds}
+        drawn = {f"drawn-{draws}": {seed: study.measured(seed, f"drawn-{draws}") for seed in given.seeds} for draws in given.draws}
+        control = {seed: study.measured(seed, _CONTROL) for seed in given.control}
         if given.part:
             return
-        data = {"study": study.described(given), "dense": _described(given.seeds, sums[_DENSE])}
-        for arm in arms[1:]:
-            data[arm] = _compared(given.seeds, sums[arm], sums[_DENSE])
-            if arm != _CONTROL:
-                data[arm]["store"] = [study.store_facts(seed, arm) for seed in given.seeds]
+        data = {"study": study.described(given), _DENSE: [{"seed": seed} | _facts(sums) for seed, sums in dense.items()]}
+        for arm, sums in drawn.items():
+            data[arm] = _compared(sums, dense) | {"store": [study.store_facts(seed, arm) for seed in given.seeds]}
+        if control:
+            data[_CONTROL] = _compared(control, dense)
     finish("drawn_quality", data, caveats=CAVEATS, as_json=given.json)
 
 
@@ -236,10 +246,6 @@ def _nats(sums: FidelitySums) -> list[float]:
     return [sequence.forward_kl_nats for sequence in sums.sequences]
 
 
-def _described(seeds: Sequence[int], sums: Sequence[FidelitySums]) -> list[dict[str, Any]]:
-    return [{"seed": seed} | _facts(one) for seed, one in zip(seeds, sums, strict=True)]
-
-
 def _facts(sums: FidelitySums) -> dict[str, float]:
     tokens = sums.scored_tokens
     return {
@@ -249,12 +255,11 @@ def _facts(sums: FidelitySums) -> dict[str, float]:
     }
 
 
-def _compared(seeds: Sequence[int], sums: Sequence[FidelitySums], dense: Sequence[FidelitySums]) -> dict[str, Any]:
-    """Each seed's ratio, the ratio of what all seeds sum to, and what the seeds' ratios say of another one."""
-    pairs = list(zip(sums, dense, strict=True))
-    by_seed = [{"seed": seed} | _facts(one) | {"ratio": _ratio([one], [other])} for seed, (one, other) in zip(seeds, pairs, strict=True)]
-    pooled = _ratio(sums, dense)
-    logs = [math.log(sum(_nats(one)) / sum(_nats(other))) for one, other in pairs]
+def _compared(sums: dict[int, FidelitySums], dense: dict[int, FidelitySums]) -> dict[str, Any]:
+    """Each seed's ratio, the ratio of what all these seeds sum to, and what the seeds' ratios say of another one."""
+    by_seed = [{"seed": seed} | _facts(one) | {"ratio": _ratio([one], [dense[seed]])} for seed, one in sums.items()]
+    pooled = _ratio(list(sums.values()), [dense[seed] for seed in sums])
+    logs = [math.log(sum(_nats(one)) / sum(_nats(dense[seed]))) for seed, one in sums.items()]
     return {"seeds": by_seed, "pooled_ratio": pooled, "holds": pooled["high"] <= LIMIT, "over_seeds": _over_seeds(logs)}
 
 

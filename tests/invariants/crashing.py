@@ -1,8 +1,8 @@
 """A process in which children run a tiny run and die: at every write point in turn, by os._exit, and then are resumed by another child.
 
-    python crashing.py DIRECTORY MODE...    one line of JSON for each death: {stage, point, died, resumed, differences, output}
+    python crashing.py DIRECTORY KIND MODE...    one line of JSON for each death: {stage, point, died, resumed, differences, output}
 
-A MODE is a state ("collected": die at each write point of the stage that ends there, beginning where the state before ended; resume to that
+KIND is that of the targets. A MODE is a state ("collected": die at each write point of the stage that ends there, beginning where the state before ended; resume to that
 state), or "whole" (die at each write point of a whole run, the resumed run dies once more further on, and a third goes to the end).
 
 Children are forked, since importing torch takes longer than the run itself: this process computes no gradient and starts no thread.
@@ -43,9 +43,9 @@ DIED = 137
 _PART = 10
 
 
-def main(directory: Path, modes: list[str]) -> None:
+def main(directory: Path, kind: str, modes: list[str]) -> None:
     """Makes the uninterrupted run, then one death after another."""
-    recipe = Recipe.from_tree(tiny_recipe(directory / "in"))
+    recipe = Recipe.from_tree(tiny_recipe(directory / "in") | {"targets": {"kind": kind}})
     _quicken(recipe, directory / "planned once")
     # A collection in a child would touch, and so copy, all the memory that it shares with this process.
     gc.collect()
@@ -210,4 +210,4 @@ def _bytes(path: Path) -> bytes | None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])

@@ -43,6 +43,8 @@ def environment() -> dict[str, str]:
 
 KINDS: dict[str, dict[str, Any]] = {
     "hidden": {},
+    "hidden int8": {"targets": {"kind": "hidden", "state_dtype": "int8"}},
+    "drawn": {"targets": {"kind": "drawn", "draws": 12}},
     "top-k": {"targets": {"kind": "top_k", "k": 5}, "objective": {"terms": [{"divergence": "reverse_kl"}]}},
     "full and live, from the teacher's layer": {
         "targets": {"kind": "full", "live": True},
@@ -100,10 +102,9 @@ def memory() -> Iterator[Path]:
         yield Path(name)
 
 
-def deaths(directory: Path, *modes: str) -> list[dict[str, Any]]:
-    child = subprocess.run(
-        [sys.executable, str(CRASHING), str(directory), *modes], env=environment(), capture_output=True, text=True, timeout=3000, check=False
-    )
+def deaths(directory: Path, *modes: str, kind: str = "hidden") -> list[dict[str, Any]]:
+    command = [sys.executable, str(CRASHING), str(directory), kind, *modes]
+    child = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=3000, check=False)
     assert child.returncode == 0, child.stderr[-3000:]
     return [json.loads(line) for line in child.stdout.splitlines()]
 
@@ -127,6 +128,11 @@ def test_a_death_at_any_write_point_changes_nothing(states: tuple[str, ...], mem
     places = assert_all_resumed(deaths(memory, *states))
     assert places.keys() == set(states)
     assert all(count >= LEAST_POINTS[state] for state, count in places.items()), places
+
+
+def test_a_death_at_any_write_point_of_collecting_drawn_targets_changes_nothing(memory: Path) -> None:
+    places = assert_all_resumed(deaths(memory, "collected", kind="drawn"))
+    assert places["collected"] > LEAST_POINTS["collected"]
 
 
 @pytest.mark.soak

@@ -15,10 +15,11 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from stillroom.models.loading import body_of, head_of
-from stillroom.models.local import head_log_probs, head_top_k
+from stillroom.models.local import head_draws, head_log_probs, head_top_k
 from stillroom.models.probing import Cost, Meter, Pattern, copy_of
 from stillroom.models.rollouts import choose_tokens
 from stillroom.models.student import OptimiserSettings, adamw
+from stillroom.objectives.fused import linear_head
 from stillroom.objectives.matching import new_projections
 from stillroom.objectives.objective import Objective, backward_chunked
 from stillroom.targets.kinds import DrawnTargets, FullTargets, HiddenTargets, Targets, TeacherHead, TextTargets, TopKTargets
@@ -33,7 +34,7 @@ _PROBE_WRITERS = 64
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadingCosts:
     """A whole model that reads and writes, without gradients. A pass takes call + tokens x token; one more token for each of B sequences takes
-    step + B x each. `distribution` is one row of log-probabilities, `top_k` what picking the most probable of it takes besides.
+    step + B x each. `distribution` is one row of log-probabilities, `picking` one row of what a store keeps of them.
     """
 
     call_seconds: float
@@ -41,7 +42,7 @@ class ReadingCosts:
     step_seconds: float
     each_seconds: float
     distribution_seconds: float
-    top_k_seconds: float
+    picking_seconds: float
     cache_bytes: float
     """Keys and values of one token, all layers."""
     layer_bytes: float
@@ -50,7 +51,7 @@ class ReadingCosts:
     """What lives beside weights and cache while a layer reads, for each token."""
     distribution_bytes: float
     """What lives of a row while its log-probabilities are made, themselves included."""
-    top_k_bytes: float
+    picking_bytes: float
     """The same while the most probable are picked as well."""
 
     def reading(self, tokens: float) -> float:
@@ -80,6 +81,8 @@ class LearningCosts:
     """What lives of one row of a chunk while it goes through head, objective and back."""
     head_bytes: float
     """What lives besides, whatever the number of rows: the head's gradient before it is added."""
+    fused: bool
+    """Whether the head goes through `objectives.fused`, which bounds the rows of a chunk itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +109,7 @@ class _AtDepths:
 
 
 def reading_costs(
-    pattern: Pattern, size: int, *, batch: int, tokens: float, temperature: float, k: int, dtype: torch.dtype, meter: Meter
+    pattern: Pattern, size: int, *, batch: int, tokens: float, temperature: float, kind: str, k: int, dtype: torch.dtype, meter: Meter
 ) -> ReadingCosts:
     """Measures passes over prompts and steps of up to `batch` sequences with caches of `tokens` tokens; `size` is the number of real tokens."""
     width = _fitting_width(pattern, tokens)
@@ -119,19 +122,19 @@ def reading_costs(
     alone = one_step.whole(pattern, of_rest=more)
     # A sequence of a large batch takes no less than a token of a large pass.
     each = max(token, (steps.whole(pattern, of_rest=more) - alone) / (writers - 1))
-    distribution, picked = _distributions(pattern, size, k, dtype, meter)
+    distribution, picked = _distributions(pattern, size, kind, k, dtype, meter)
     return ReadingCosts(
         call_seconds=max(0.0, one_pass.whole(pattern) - width * token),
         token_seconds=token,
         step_seconds=max(0.0, alone - each),
         each_seconds=each,
         distribution_seconds=distribution.seconds * more,
-        top_k_seconds=max(0.0, picked.seconds - distribution.seconds) * more,
+        picking_seconds=picked.seconds * more,
         cache_bytes=kept.layer * pattern.layers * pattern.widening,
         layer_bytes=kept.layer * pattern.widening,
         working_bytes=working.one * pattern.widening,
         distribution_bytes=distribution.peak_bytes * more / pattern.widening,
-        top_k_bytes=picked.peak_bytes * more / pattern.widening,
+        picking_bytes=picked.peak_bytes * more / pattern.widening,
     )
 
 
@@ -149,13 +152,18 @@ def _read_at(model: PreTrainedModel, many: int, writers: int, width: int, temper
     )
 
 
-def _distributions(pattern: Pattern, size: int, k: int, dtype: torch.dtype, meter: Meter) -> tuple[Cost, Cost]:
-    """What one row of log-probabilities takes, and with the most probable picked; over the copies' part of the vocabulary."""
+def _distributions(pattern: Pattern, size: int, kind: str, k: int, dtype: torch.dtype, meter: Meter) -> tuple[Cost, Cost]:
+    """What one row of log-probabilities takes, and of ids picked or drawn; over the copies' part of the vocabulary."""
     model = copy_of(pattern, 1, dtype, meter.device)
     rows, size = _PROBE_LOGITS // pattern.rows, min(size, pattern.rows)
     states_RD = torch.zeros((rows, _width(model)), device=meter.device)
     distribution = meter.cost(lambda: head_log_probs(model, states_RD, size, 1.0))
-    picked = meter.cost(lambda: head_top_k(model, states_RD, size, min(k, size), 1.0)) if k else distribution
+    picked = distribution
+    if kind == "top_k":
+        picked = meter.cost(lambda: head_top_k(model, states_RD, size, min(k, size), 1.0))
+    elif kind == "drawn":
+        places_RN = torch.rand((rows, k), dtype=torch.float64, device=meter.device)
+        picked = meter.cost(lambda: head_draws(model, states_RD, size, places_RN, 1.0))
     return distribution.per(rows), picked.per(rows)
 
 
@@ -248,6 +256,7 @@ def learning_costs(
         fixed_bytes=kept_always.whole(pattern) + max(0.0, beside_always.one, beside_always.two) * pattern.scale,
         row_bytes=row_bytes * more,
         head_bytes=max(0.0, head.peak_bytes - row_bytes * rows) * more * pattern.widening,
+        fused=meter.device.type == "cpu" and dtype == torch.float32 and linear_head(head_of(model)) is not None,
     )
 
 

@@ -20,8 +20,9 @@ from typing import TypeVar
 import torch
 
 from stillroom.models.costs import LearningCosts, ReadingCosts, learning_costs, reading_costs
-from stillroom.models.local import COMPARED_AT_ONCE, VALUES_AT_ONCE
+from stillroom.models.local import COMPARED_AT_ONCE, DRAWN_AT_ONCE, VALUES_AT_ONCE
 from stillroom.models.probing import Meter, Outline, Pattern, as_in_a_run, pattern_of, stand_in
+from stillroom.objectives.fused import rows_that_fit
 from stillroom.objectives.objective import Objective
 
 C = TypeVar("C")
@@ -51,6 +52,9 @@ _RECORD_BYTES, _TOKEN_BYTES = 1_500, 36  # a record and each of its tokens, whil
 # live bytes at the peaks of stages, by VmHWM and LiveBytes: learning 1.7 (demo), 1.6 (wide), 1.5 (live), 1.4 (deep); reading and writing 1.1 to 2.1, the
 # same batch in a fresh process or after others; 1.0 with every block mapped, which is 40 % slower.
 _HEAP_BLOCK_BYTES, _GAPS = 2**25, 1.7
+# The tables that drawn targets are coded with, for each id of the vocabulary: while they are read with, and while the first shard makes them. By VmHWM at
+# V = 151,936.
+_PRIOR_BYTES, _FIRST_PRIOR_BYTES = 530, 950
 
 # As in runs.collecting: prompts that are answered and stored together.
 _PART = 512
@@ -193,7 +197,8 @@ def _teacher_costs(work: Workload, meter: Meter, pattern: Pattern) -> ReadingCos
         batch=min(work.teacher_at_once, work.prompts),
         tokens=work.prompt_mean + work.answer_mean / 2,
         temperature=work.sampling_temperature if work.written else 0.0,
-        k=work.k if work.target_kind == "top_k" else 0,
+        kind=work.target_kind,
+        k=work.k,
         dtype=work.dtype,
         meter=meter,
     )
@@ -206,6 +211,7 @@ def _student_costs(work: Workload, meter: Meter, pattern: Pattern) -> ReadingCos
         batch=min(work.teacher_at_once, max(work.items, _TIMED_BATCH)),
         tokens=work.prompt_mean + work.answer_mean / 2,
         temperature=0.0,
+        kind="hidden",
         k=0,
         dtype=work.dtype,
         meter=meter,
@@ -307,7 +313,7 @@ class _Seconds:
         """The teacher's targets for so many sequences."""
         work, teacher = self.work, self.found.teacher
         rows = sequences * work.answer_mean
-        each = {"hidden": 0.0, "top_k": teacher.distribution_seconds + teacher.top_k_seconds, "full": teacher.distribution_seconds}
+        each = {"drawn": teacher.picking_seconds, "top_k": teacher.picking_seconds, "full": teacher.distribution_seconds}
         return self._read(teacher, sequences) + rows * each.get(work.target_kind, 0.0)
 
     def _read(self, model: ReadingCosts, sequences: float) -> float:
@@ -415,11 +421,14 @@ class _Bytes:
             # The states of a part, and the same laid end to end; then what is kept of them, as records, columns and file.
             states = rows * work.teacher.shape.width * 4
             phases.append(states + max(states, self._reading(teacher, work.teacher, batch)))
-            phases.append(5 * rows * work.row_bytes + (self.head if self.element != 4 else 0))
-            if work.target_kind == "top_k":
-                values = min(rows, max(1, VALUES_AT_ONCE // work.size))
-                picking = self._resident(values * teacher.top_k_bytes, values * work.size * 4)
-                phases.append(states + picking + rows * work.row_bytes)
+            # Drawn ids are in float64 places and int64 ids, and then sorted, before they are counted.
+            kept = rows * (32 * work.k if work.target_kind == "drawn" else work.row_bytes)
+            phases.append(5 * rows * work.row_bytes + self._prior(_FIRST_PRIOR_BYTES) + (self.head if self.element != 4 else 0))
+            if work.target_kind in ("drawn", "top_k"):
+                at_once = DRAWN_AT_ONCE if work.target_kind == "drawn" else VALUES_AT_ONCE
+                values = min(rows, max(1, at_once // work.size))
+                picking = self._resident(values * teacher.picking_bytes, values * work.size * 4)
+                phases.append(states + picking + kept)
         return self._process(self.teacher + max(phases), work.prompts * _COLLECTED_BYTES)
 
     def train(self) -> float:
@@ -432,6 +441,8 @@ class _Bytes:
         block = tokens * work.student.shape.feed_forward * 4
         kept, working = (self._resident(tokens * each, block) for each in (learning.kept_bytes, learning.working_bytes))
         chunk_rows = min(rows, work.rows_per_chunk)
+        if learning.fused:
+            chunk_rows = min(chunk_rows, rows_that_fit(work.size, work.target_kind == "hidden", torch.float32))
         chunk = self._resident(chunk_rows * learning.row_bytes, chunk_rows * work.size * 4) + learning.head_bytes
         targets = rows * self._target_bytes()
         # With one micro-batch, gradients come to be as what was kept for them goes.
@@ -442,7 +453,7 @@ class _Bytes:
         if work.live and work.target_kind != "text":
             asking = self._reading(self.found.teacher, work.teacher, work.micro_batch) + 3 * targets + before
         # Weights and AdamW's two moments; the head of stored states is read from its file and copied once.
-        tensors = 3 * weights + max(passing, asking, weights) + teacher + (self.head if self.rows_stored else 0)
+        tensors = 3 * weights + max(passing, asking, weights) + teacher + (self.head if self.rows_stored else 0) + self._prior(_PRIOR_BYTES)
         files = self._mapped() + (self.head if self.rows_stored else 0)
         return self._process(tensors, work.prompts * (_RECORD_BYTES + _TOKEN_BYTES * (work.prompt_mean + work.answer_mean)) + files)
 
@@ -485,7 +496,11 @@ class _Bytes:
 
     def _target_bytes(self) -> float:
         """Of one scored row in a batch, while it is gathered or made."""
-        return self.work.size * 4 if self.work.target_kind == "full" else 3 * self.work.row_bytes
+        work = self.work
+        return {"full": work.size * 4, "drawn": 8 * work.k}.get(work.target_kind, 3 * work.row_bytes)
+
+    def _prior(self, bytes_each: float) -> float:
+        return self.work.size * bytes_each if self.rows_stored and self.work.target_kind == "drawn" else 0.0
 
     def _mapped(self) -> float:
         """The store's files: verified byte by byte when it is opened, so all of them are in memory."""

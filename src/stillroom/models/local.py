@@ -166,8 +166,8 @@ def _rows_at_once(size: int) -> int:
 @torch.inference_mode()
 def head_log_probs(model: PreTrainedModel, states_RD: torch.Tensor, size: int, temperature: float) -> torch.Tensor:
     """Log-probabilities (nats, float32, R x `size`) that the head of `model` gives to hidden states, at `temperature`."""
-    logits_RV = head_of(model)(states_RD.to(model.dtype))[:, :size].float()
-    return torch.log_softmax(logits_RV / temperature, dim=-1)
+    logits_RV = head_of(model)(states_RD.to(model.dtype))[:, :size].float().div_(temperature)
+    return torch.log_softmax(logits_RV, dim=-1, out=logits_RV)
 
 
 @torch.inference_mode()
@@ -180,7 +180,7 @@ def head_top_k(
         log_probs_RV = head_log_probs(model, chunk_RD, size, temperature)
         log_probs_RK, ids_RK = log_probs_RV.topk(k, dim=-1)
         # The tail is summed over the ids that are not kept: 1 - sum(kept) would cancel.
-        tails.append(log_probs_RV.scatter(-1, ids_RK, -torch.inf).logsumexp(-1))
+        tails.append(log_probs_RV.scatter_(-1, ids_RK, -torch.inf).logsumexp(-1))
         ids.append(ids_RK.to(torch.int32))
         kept.append(log_probs_RK)
         del log_probs_RV  # or it would live beside the next one

@@ -102,11 +102,15 @@ def chunks_of(rows: int, size: int, targets: Targets, dtype: torch.dtype, most: 
     """(start, stop) of chunks of at most `most` rows whose logits fit into `BUFFER_BYTES`, all within one row of the same size, the first no smaller
     than the others.
     """
-    buffers = 1 + isinstance(targets, HiddenTargets)
-    per_chunk = max(1, min(most, BUFFER_BYTES // (buffers * size * dtype.itemsize)))
+    per_chunk = min(most, rows_that_fit(size, isinstance(targets, HiddenTargets), dtype))
     count = -(-rows // per_chunk)
     edges = [-(-rows * place // count) for place in range(count + 1)] if count else []
     return list(zip(edges, edges[1:], strict=False))
+
+
+def rows_that_fit(size: int, hidden: bool, dtype: torch.dtype) -> int:
+    """How many rows' logits `BUFFER_BYTES` hold, both models' where targets are hidden states; at least one."""
+    return max(1, BUFFER_BYTES // ((1 + hidden) * size * dtype.itemsize))
 
 
 # -- through the head and back ------------------------------------------------------------------------------------------

@@ -40,8 +40,13 @@ class VocabularyFacts(Documented):
 class Signal(Documented):
     """What is kept of the teacher."""
 
-    kind: Literal["text", "top_k", "hidden", "full"]
+    kind: Literal["text", "drawn", "top_k", "hidden", "full"]
     k: int
+    """Ids that top_k keeps of a row; 0 for other kinds."""
+    draws: int
+    """Ids that are drawn from a row; 0 for other kinds."""
+    state_dtype: Literal["bfloat16", "float32", "int8"] | None
+    """What hidden states are rounded to; none for other kinds."""
     target_temperature: float
     live: bool
     bytes_per_token: int

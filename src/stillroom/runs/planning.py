@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -316,10 +317,12 @@ class _Planner:
 
     def _signal(self, facts: PromptFacts) -> Signal:
         section = self.recipe.targets
-        # Bytes a token: two for each number of a hidden state, eight for a kept id with its log-probability, four for the tail.
+        # Bytes a token: of a hidden state its numbers, of int8 with their scale; eight for a kept id with its log-probability, four for the tail.
+        width = self.teacher.shape.width
         sizes = {
             "text": 0,
-            "hidden": 2 * self.teacher.shape.width,
+            "drawn": _drawn_bytes(section.draws),
+            "hidden": {"bfloat16": 2 * width, "float32": 4 * width, "int8": width + 4}[section.state_dtype],
             "top_k": 8 * min(section.k, self.vocabulary.size) + 4,
             "full": 4 * self.vocabulary.size,
         }
@@ -331,6 +334,8 @@ class _Planner:
         return Signal(
             kind=kind,  # type: ignore[arg-type]
             k=min(section.k, self.vocabulary.size) if kind == "top_k" else 0,
+            draws=section.draws if kind == "drawn" else 0,
+            state_dtype=section.state_dtype if kind == "hidden" else None,
             target_temperature=section.target_temperature,
             live=live,
             bytes_per_token=sizes[kind],
@@ -347,9 +352,13 @@ class _Planner:
         tokens = facts.count * facts.answer_tokens_assumed
         room = min(_STORE_MOST_BYTES, _STORE_SHARE_OF_FREE_DISK * durable.free_bytes(self.out))
         if "hidden" in possible and (section.live or sizes["hidden"] * tokens <= room):
-            chosen, why = "hidden", "hidden states and the teacher's head give the whole distribution at two bytes a dimension"
+            chosen, why = "hidden", f"hidden states and the teacher's head give the whole distribution at {sizes['hidden']} bytes a token"
         else:
-            chosen, why = "top_k", f"hidden states would take {sizes['hidden'] * tokens / 1e9:.1f} GB of the {room / 1e9:.1f} GB allowed"
+            unsoftened = section.target_temperature == self.objective.match_temperature
+            chosen = "drawn" if "drawn" in possible and unsoftened and not section.live else "top_k"
+            why = f"hidden states would take {sizes['hidden'] * tokens / 1e9:.1f} GB of the {room / 1e9:.1f} GB allowed"
+            if chosen == "drawn":
+                why += "; the gradient from drawn ids is that of the whole distribution on average"
         self._decided("targets.kind", chosen, why)
         return chosen, why
 
@@ -435,7 +444,7 @@ class _Planner:
             sampling_temperature=recipe.generation.sampling_temperature,
             teacher_at_once=hardware.teacher_at_once,
             target_kind=signal.kind,
-            k=signal.k,
+            k=signal.k or signal.draws,
             live=signal.live,
             row_bytes=signal.bytes_per_token,
             from_teacher=recipe.student.from_teacher is not None,
@@ -494,6 +503,11 @@ def _spread(values: Sequence[Prompt], most: int) -> list[Prompt]:
     if len(values) <= most:
         return list(values)
     return [values[index * len(values) // most] for index in range(most)]
+
+
+def _drawn_bytes(draws: int) -> int:
+    """Of a row of drawn targets, everything counted: what benchmarks/results/*-store.json has for 25, 50 and 100 draws, in round numbers."""
+    return math.ceil(20.0 * math.pow(draws / 50, 0.75))
 
 
 def _memory_available(device: str) -> int:

@@ -199,10 +199,14 @@ class GenerationSection(_Section):
 class TargetsSection(_Section):
     """What is kept of the teacher's distributions."""
 
-    kind: Literal["auto", "text", "top_k", "hidden", "full"] = "auto"
+    kind: Literal["auto", "text", "drawn", "top_k", "hidden", "full"] = "auto"
     """auto: what carries the most for the disk it takes; `plan` says what was chosen and why. full is never stored."""
     k: Positive = 64
     """How many ids top_k keeps of each row; the mass of the others is kept as one number."""
+    draws: Annotated[int, Field(ge=1, le=255)] = 50
+    """How many ids drawn takes from each row's distribution, with replacement: more of them, less noise in the gradient."""
+    state_dtype: Literal["bfloat16", "float32", "int8"] = "bfloat16"
+    """What hidden rounds each number of a state to; docs/reference/target-store.md says what that changes."""
     target_temperature: Annotated[float, Field(gt=0.0)] = 1.0
     """The temperature that targets are made at."""
     live: bool = False

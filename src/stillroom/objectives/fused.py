@@ -32,10 +32,10 @@ from stillroom.targets.rows import slice_targets
 BUFFER_BYTES = 208 * 2**20
 # Logits of one block: half a dozen arrays of this size, 2 MiB each, should find room in the cache.
 BLOCK_VALUES = 2**19
-# A product takes so many of a head's rows, and so many weights (4 MiB in float32), at a time. MKL takes a quarter longer for a few hundred rows and a
-# whole head at once; a sum over the vocabulary is the more exact for being made of partial sums; and a teacher's head in another type is widened in
-# small pieces.
-_IDS_AT_ONCE = 4096
+# A product takes so many of a head's rows at a time, and on the way to the logits no more than so many weights (4 MiB in float32). MKL takes a quarter
+# longer for a few hundred rows and a whole head at once; a sum over the vocabulary is the more exact for being made of partial sums; and a teacher's
+# head in another type is widened in small pieces.
+_IDS_AT_ONCE = 8192
 _WEIGHTS_AT_ONCE = 2**20
 _DTYPES = (torch.float32, torch.float64)
 
@@ -174,7 +174,7 @@ class FusedHead:
             weight_VD.grad[self._size :] = 0.0
         weight_gradient_VD = self._gradient_of(weight_VD)
         gradient_RD.zero_()
-        for ids in _pieces(weight_VD[: self._size]):
+        for ids in _pieces(self._size, _IDS_AT_ONCE):
             # Not addmm_, which may add the summands to what is there one by one.
             gradient_RD += torch.mm(slopes_RV[:, ids], weight_VD[ids])
             if weight_gradient_VD is None:
@@ -274,14 +274,14 @@ class _Blocks:
 
 def _project(states_RE: Tensor, weight_VE: Tensor, out_RV: Tensor) -> Tensor:
     """States times weights: neither bias nor scale nor cap yet."""
-    for ids in _pieces(weight_VE):
+    for ids in _pieces(len(weight_VE), _WEIGHTS_AT_ONCE // weight_VE.shape[1]):
         torch.mm(states_RE, weight_VE[ids].to(states_RE.dtype).T, out=out_RV[:, ids])
     return out_RV
 
 
-def _pieces(weight_VD: Tensor) -> list[slice]:
-    rows = max(1, min(_IDS_AT_ONCE, _WEIGHTS_AT_ONCE // weight_VD.shape[1]))
-    return [slice(start, min(start + rows, len(weight_VD))) for start in range(0, len(weight_VD), rows)]
+def _pieces(size: int, most: int) -> list[slice]:
+    ids = max(1, min(_IDS_AT_ONCE, most))
+    return [slice(start, min(start + ids, size)) for start in range(0, size, ids)]
 
 
 def _finish(product_RV: Tensor, bias_V: Tensor | None, softcap: float | None, factor: float, room: Room) -> Tensor | None:

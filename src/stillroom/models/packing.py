@@ -27,12 +27,11 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from stillroom.core.errors import ModelError
 from stillroom.core.identities import TokenSequence
 from stillroom.models.batching import Line, lay_end_to_end, pack_rectangle
-from stillroom.models.loading import body_of, silence
+from stillroom.models.loading import PACKED, body_of, head_of, own_attention, silence
+from stillroom.models.probing import Outline, copy_of, pattern_of
 
 Forward = Callable[..., Any]
 
-# A model that packs has this before the name of its own implementation. None of the names that transformers looks for ("flash", "paged") are in it.
-_PREFIX = "stillroom_packed_"
 _OWN = ("sdpa", "eager")
 # What rounding may make of states, as a share of their norm: batches of other shapes, through any number of layers.
 _ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-6, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -68,7 +67,8 @@ def _mask(own: str, *, q_length: int, **arguments: Any) -> Any:
     lengths = _lengths.get()
     if lengths is None:
         return ALL_MASK_ATTENTION_FUNCTIONS[own](q_length=q_length, **arguments)
-    assert q_length == sum(lengths) and arguments.get("attention_mask") is None, "a row of sequences has neither cache nor padding"
+    assert q_length == sum(lengths), "a row of sequences has no cache"
+    assert arguments.get("attention_mask") is None, "nor any padding"
     longest, start = lengths[-1], q_length - lengths[-1]
     arguments |= {"batch_size": 1, "kv_length": longest, "kv_offset": start, "allow_is_causal_skip": False}
     if own == "sdpa":
@@ -124,7 +124,7 @@ def _varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed:
     ends = torch.tensor((0, *packed.lengths), device=query.device).cumsum(0).to(torch.int32)
     query, key, value = (part[0].transpose(0, 1).to(half) for part in (query, key, value))
     longest = packed.lengths[-1]
-    attended: torch.Tensor = varlen_attn(
+    attended = varlen_attn(
         query,
         key,
         value,
@@ -136,12 +136,13 @@ def _varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed:
         window_size=(-1, 0),
         enable_gqa=query.shape[1] != key.shape[1],
     )
+    assert isinstance(attended, torch.Tensor)
     return attended
 
 
 for _name in _OWN:
-    AttentionInterface.register(_PREFIX + _name, partial(_attention, _name))
-    AttentionMaskInterface.register(_PREFIX + _name, partial(_mask, _name))
+    AttentionInterface.register(PACKED + _name, partial(_attention, _name))
+    AttentionMaskInterface.register(PACKED + _name, partial(_mask, _name))
 
 
 # -- a model that packs ---------------------------------------------------------------------------------------------------
@@ -149,7 +150,7 @@ for _name in _OWN:
 
 def packs(model: PreTrainedModel) -> bool:
     """Whether `pack` said that this model may."""
-    return str(model.config._attn_implementation).startswith(_PREFIX)
+    return str(model.config._attn_implementation).startswith(PACKED)
 
 
 def pack(model: PreTrainedModel, dtype: torch.dtype | None = None) -> str | None:
@@ -159,12 +160,15 @@ def pack(model: PreTrainedModel, dtype: torch.dtype | None = None) -> str | None
     tokens, by a derivative that is exactly zero. A model that carries something from position to position by itself (a recurrence, a convolution) or has
     attention of its own making fails, and is left as it was. `dtype`: what its arithmetic is autocast to, where it is not the model's own.
     """
-    configs = {id(config): config for config in (getattr(module, "config", None) for module in model.modules()) if isinstance(config, PretrainedConfig)}
+    configs = {
+        id(config): config for config in (getattr(module, "config", None) for module in model.modules()) if isinstance(config, PretrainedConfig)
+    }
     before = {place: config._attn_implementation for place, config in configs.items()}
-    if any(own is not None and own.removeprefix(_PREFIX) not in _OWN for own in before.values()):
-        return f"its attention is {model.config._attn_implementation}"
-    for config in configs.values():
-        config._attn_implementation_internal = _PREFIX + (config._attn_implementation or "eager").removeprefix(_PREFIX)
+    own = {place: own_attention(config) or "eager" for place, config in configs.items()}
+    if other := set(own.values()).difference(_OWN):
+        return f"the attention is {', '.join(sorted(other))}"
+    for place, config in configs.items():
+        config._attn_implementation_internal = PACKED + own[place]
     why: str | None = "it failed on sequences laid end to end"
     try:
         with suppress(RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, NotImplementedError), silence():
@@ -183,6 +187,17 @@ def require_packing(model: PreTrainedModel, whose: str, dtype: torch.dtype | Non
         raise cannot_pack(whose, why)
 
 
+def why_not_packed(outline: Outline, dtype: torch.dtype, arithmetic: torch.dtype, device: torch.device) -> str | None:
+    """`pack` on a copy of two of a model's layers, whose weights mean nothing: what is proved of a model before it is loaded.
+
+    `dtype` is that of its weights, `arithmetic` what they are autocast to.
+    """
+    pattern = pattern_of(outline, dtype.itemsize, device)
+    if pattern.stands_in:
+        return "two of its layers do not fit into memory beside what is there, or cannot be cut out, so that it could not be tried"
+    return pack(copy_of(pattern, min(2, pattern.layers), dtype, device), arithmetic)
+
+
 def cannot_pack(whose: str, why: str) -> ModelError:
     """The error of a model that cannot take sequences end to end."""
     return ModelError(
@@ -196,7 +211,7 @@ def cannot_pack(whose: str, why: str) -> ModelError:
 
 def _difference(model: PreTrainedModel, dtype: torch.dtype) -> str | None:
     """What laying a few sequences end to end changes; None: nothing but rounding."""
-    rows = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator, union-attr]
+    rows = head_of(model).weight_VD.shape[0]
     ids = torch.randint(rows, (sum(_PROBE_LENGTHS),), generator=torch.Generator().manual_seed(0)).to(model.device)
     positions = torch.cat([torch.arange(length) for length in _PROBE_LENGTHS]).to(model.device)
     line = Line(ids_1T=ids[None], positions_1T=positions[None], rows_R=torch.arange(len(ids)), lengths=_PROBE_LENGTHS)

@@ -112,9 +112,9 @@ def _own_attention(own: str, module: nn.Module) -> Forward:
 
 def _varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: _Packed, options: dict[str, Any]) -> torch.Tensor | None:
     """All sequences in one call of flash attention (T, H, d), on a GPU that has it, in half precision, where all that came before is seen; else None."""
-    if query.device.type != "cuda" or packed.seen is not None or options.get("s_aux") is not None:
+    if not _on_gpu(query) or packed.seen is not None or options.get("s_aux") is not None:
         return None
-    half = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
+    half = torch.get_autocast_dtype(query.device.type) if torch.is_autocast_enabled(query.device.type) else query.dtype
     if half not in (torch.bfloat16, torch.float16):
         return None
     try:
@@ -138,6 +138,10 @@ def _varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed:
     )
     assert isinstance(attended, torch.Tensor)
     return attended
+
+
+def _on_gpu(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cuda"
 
 
 for _name in _OWN:

@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from stillroom.models.arithmetic import recompute_layers
 from stillroom.models.loading import body_of, head_of
 from stillroom.models.local import head_draws, head_log_probs, head_top_k
 from stillroom.models.probing import Cost, Meter, Pattern, copy_of
@@ -229,12 +230,19 @@ def learning_costs(
     tokens: float,
     rows_per_chunk: int,
     dtype: torch.dtype,
+    recomputed: bool,
     meter: Meter,
 ) -> LearningCosts:
-    """Measures forward and backward through the body, through the head with the objective, and an optimiser step."""
+    """Measures forward and backward through the body, through the head with the objective, and an optimiser step.
+
+    `recomputed`: layers are computed again for their gradient, as `arithmetic.recompute_layers` has it.
+    """
     width = _fitting_width(pattern, tokens)
     batch = _fitting_batch(pattern, micro_batch, width)
-    depths = [_learn_at(copy_of(pattern, depth, torch.float32, meter.device), batch, width, dtype, meter) for depth in (1, 2)]
+    copies = [copy_of(pattern, depth, torch.float32, meter.device) for depth in (1, 2)]
+    for copy in copies if recomputed else []:
+        recompute_layers(copy)
+    depths = [_learn_at(copy, batch, width, dtype, meter) for copy in copies]
     passes, one_pass, optimiser, kept, kept_always, beside, beside_always = (_AtDepths(one, two) for one, two in zip(*depths, strict=True))
     of_states = replace(pattern, scale=1.0)  # the bytes of a layer's states do not grow with its parameters
     model = copy_of(pattern, 1, torch.float32, meter.device)

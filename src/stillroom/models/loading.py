@@ -42,6 +42,9 @@ _NOT_FETCHED = ["*/*", "consolidated*"]
 _SCALES = {"logit_scale": False, "logits_scaling": True, "lm_head_multiplier": False}
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 _PROBE_IDS = 8
+# What the name of a model's attention begins with once `models.packing` stands before it. None of the names that transformers looks for ("flash",
+# "paged") are in it.
+PACKED = "stillroom_packed_"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -485,7 +488,7 @@ def build_from_teacher(teacher: PreTrainedModel | ModelDescription, layers: Sequ
         for new in place.get(int(index), ()):
             weights[f"{prefix}{new}.{rest}"] = tensor
     # Not written in a configuration, and not a matter of taste where a family caps its attention logits.
-    config._attn_implementation = model.config._attn_implementation
+    config._attn_implementation = own_attention(model.config)
     with torch.random.fork_rng(devices=[]):
         student = type(model)(config)
     student.float().eval()
@@ -517,6 +520,13 @@ def config_from_teacher(config: PretrainedConfig, layers: Sequence[int]) -> Pret
     chosen = type(config).from_dict(tree)
     assert isinstance(chosen, PretrainedConfig)
     return chosen
+
+
+def layers_of(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder's layers. Raises ModelError 'model-unsupported' where they are not one list."""
+    layers = model.get_submodule(_layers_prefix(model).removesuffix("."))
+    assert isinstance(layers, nn.ModuleList)
+    return layers
 
 
 def _layers_prefix(model: PreTrainedModel) -> str:
@@ -551,6 +561,12 @@ def body_of(model: PreTrainedModel) -> nn.Module:
     return body
 
 
+def own_attention(config: PretrainedConfig) -> str | None:
+    """The attention that a model came with, where `models.packing` has put its own before it."""
+    name = config._attn_implementation
+    return None if name is None else str(name).removeprefix(PACKED)
+
+
 def head_of(model: PreTrainedModel) -> OutputHead:
     """The head, with the factor and soft cap of families that have one (Gemma 2, Cohere, Granite). Raises ModelError 'model-unsupported'."""
     module = model.get_output_embeddings()
@@ -568,12 +584,15 @@ def head_of(model: PreTrainedModel) -> OutputHead:
 
 
 def teacher_head_arrays(model: PreTrainedModel, size: int) -> TeacherHead:
-    """The head of a teacher over its `size` real tokens: detached float32 tensors on the model's device (V = size)."""
+    """The head of a teacher over its `size` real tokens: detached tensors on the model's device (V = size), bfloat16 where the teacher computes in it,
+    else float32.
+    """
     head = head_of(model)
     bias_V = head.bias_V
+    dtype = torch.bfloat16 if head.weight_VD.dtype == torch.bfloat16 else torch.float32
     return TeacherHead(
-        weight_VD=head.weight_VD.detach()[:size].float(),
-        bias_V=None if bias_V is None else bias_V.detach()[:size].float(),
+        weight_VD=head.weight_VD.detach()[:size].to(dtype),
+        bias_V=None if bias_V is None else bias_V.detach()[:size].to(dtype),
         scale=head.scale,
         softcap=head.softcap,
     )

@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 
 from stillroom.core.errors import ModelError
 from stillroom.core.identities import ModelRef, Sampling, TokenIds, TokenSequence
-from stillroom.models.batching import by_length, pack_rectangle
-from stillroom.models.loading import body_of, head_of, teacher_head_arrays
+from stillroom.models.batching import by_length
+from stillroom.models.loading import head_of, teacher_head_arrays
+from stillroom.models.packing import scored_states
 from stillroom.models.rollouts import decode
 from stillroom.targets.codecs import LARGEST_SCALE, SMALLEST_SCALE
 from stillroom.targets.kinds import DrawnTargets, FullTargets, HiddenTargets, SampledTargets, TargetRequest, Targets, TextTargets, TopKTargets
@@ -107,12 +108,9 @@ class LocalTeacher:
     @torch.inference_mode()
     def hidden_states(self, sequences: Sequence[TokenSequence]) -> torch.Tensor:
         """The last hidden state (after the final norm) of every scored row, R x D float32, in the order of `sequences`."""
-        body = body_of(self.model)
         parts: list[torch.Tensor] = [torch.empty(0)] * len(sequences)
         for group in by_length([len(sequence.ids) for sequence in sequences], self.at_once):
-            rectangle = pack_rectangle([sequences[index] for index in group], self.model.device)
-            states_BTD = body(input_ids=rectangle.ids_BT, use_cache=False).last_hidden_state
-            states_RD = states_BTD.reshape(-1, states_BTD.shape[-1]).index_select(0, rectangle.rows_R).float()
+            states_RD = scored_states(self.model, [sequences[index] for index in group]).float()
             counts = [len(sequences[index].scored_rows) for index in group]
             for index, part in zip(group, states_RD.split(counts), strict=True):
                 parts[index] = part

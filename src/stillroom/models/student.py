@@ -19,8 +19,9 @@ from transformers import PreTrainedModel
 from stillroom.core import durable
 from stillroom.core.errors import RunError
 from stillroom.core.identities import Sampling, TokenIds, TokenSequence
-from stillroom.models.batching import by_length, pack_rectangle
-from stillroom.models.loading import body_of, count_parameters, head_of
+from stillroom.models.batching import by_length
+from stillroom.models.loading import count_parameters, head_of
+from stillroom.models.packing import scored_states
 from stillroom.models.rollouts import decode
 from stillroom.objectives.objective import Objective, backward_chunked, sums_chunked
 from stillroom.targets.protocols import Batch, StepSums
@@ -184,10 +185,7 @@ class TransformersStudent:
             ) from error
 
     def _states(self, sequences: Sequence[TokenSequence]) -> torch.Tensor:
-        rectangle = pack_rectangle(sequences, self.model.device)
-        states_BTD = body_of(self.model)(input_ids=rectangle.ids_BT, use_cache=False).last_hidden_state
-        states_RD: torch.Tensor = states_BTD.reshape(-1, states_BTD.shape[-1]).index_select(0, rectangle.rows_R)
-        return states_RD
+        return scored_states(self.model, sequences)
 
     def _logits(self, states_RD: torch.Tensor) -> torch.Tensor:
         """Logits over the real tokens, float32."""

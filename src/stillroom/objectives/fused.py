@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from stillroom.objectives.divergences import Divergence, teacher_log_probs_RV
 from stillroom.objectives.quantities import Room
+from stillroom.objectives.tensors import product_dtype
 from stillroom.targets.kinds import DrawnTargets, FullTargets, HiddenTargets, Targets, TeacherHead, TextTargets, TopKTargets
 from stillroom.targets.rows import slice_targets
 
@@ -141,7 +142,7 @@ class FusedHead:
         logits_RV = _project(hidden_RD, self._head.weight_VD[: self._size], self._buffer("student", hidden_RD))
         teacher_RV = None
         if isinstance(targets, HiddenTargets) and not all(term.reads_text for term in self._terms):
-            states_RE = targets.states_RD.to(hidden_RD.dtype)
+            states_RE = targets.states_RD.to(product_dtype(targets.head, hidden_RD.dtype))
             teacher_RV = _project(states_RE, targets.head.weight_VD, self._buffer("teacher", hidden_RD))
         bias_V = self._gradient_of(self._head.bias_V) if self._backward else None
         parts: list[list[Tensor]] = []
@@ -273,9 +274,12 @@ class _Blocks:
 
 
 def _project(states_RE: Tensor, weight_VE: Tensor, out_RV: Tensor) -> Tensor:
-    """States times weights: neither bias nor scale nor cap yet."""
+    """States times weights, in the type of the states: neither bias nor scale nor cap yet."""
     for ids in _pieces(len(weight_VE), _WEIGHTS_AT_ONCE // weight_VE.shape[1]):
-        torch.mm(states_RE, weight_VE[ids].to(states_RE.dtype).T, out=out_RV[:, ids])
+        if states_RE.dtype == out_RV.dtype:
+            torch.mm(states_RE, weight_VE[ids].to(states_RE.dtype).T, out=out_RV[:, ids])
+        else:
+            out_RV[:, ids] = torch.mm(states_RE, weight_VE[ids].T)
     return out_RV
 
 

@@ -63,6 +63,7 @@ def store_identity(prepared: Prepared) -> StoreIdentity:
         codec=_codec(prepared),
         temperature=prepared.recipe.targets.target_temperature,
         generation=sampling_of(prepared),
+        arithmetic=prepared.plan.hardware.teacher_dtype,
     )
 
 

@@ -71,6 +71,10 @@ class Hardware(Documented):
 
     device: str
     dtype: str
+    teacher_dtype: Literal["float32", "bfloat16", "int8"]
+    """What the teacher computes in."""
+    packing: list[Literal["student", "teacher"]]
+    """Whose sequences are laid end to end; the others' are padded."""
     threads: int
     micro_batch: int
     teacher_at_once: int

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import psutil
 import torch
@@ -15,6 +16,7 @@ from stillroom.core import durable
 from stillroom.core.errors import DataError, ResourceError, StoreError
 from stillroom.data import LoadedPrompts, Prompt, load_prompts
 from stillroom.entitlement.verdict import Verdict
+from stillroom.models.arithmetic import require_compiler
 from stillroom.models.estimate import LabelOnlyWork, WorkEstimate, Workload, estimate, measure
 from stillroom.models.loading import (
     ModelDescription,
@@ -26,6 +28,7 @@ from stillroom.models.loading import (
     shape_of,
     skeleton_of,
 )
+from stillroom.models.packing import cannot_pack, why_not_packed
 from stillroom.models.probing import Outline
 from stillroom.models.tokenizers import Renderer, load_tokenizer, vocabulary_of
 from stillroom.objectives.divergences import DIVERGENCES
@@ -89,6 +92,16 @@ class Prepared:
     @property
     def dtype(self) -> torch.dtype:
         return getattr(torch, self.plan.hardware.dtype)  # type: ignore[no-any-return]
+
+    @property
+    def teacher_dtype(self) -> torch.dtype:
+        """Of the teacher's products; where its layers are kept in eight bits, too."""
+        return product_dtype(self.plan.hardware.teacher_dtype)
+
+
+def product_dtype(teacher_dtype: str) -> torch.dtype:
+    """What a teacher that computes in `teacher_dtype` multiplies in."""
+    return torch.float32 if teacher_dtype == "float32" else torch.bfloat16
 
 
 def plan(recipe: Recipe, *, out: Path | None = None) -> Plan:
@@ -236,7 +249,9 @@ class _Planner:
         signal = self._signal(facts)
         steps, epochs = self._length(facts.count)
         device, dtype = self._device(), self._dtype()
-        hardware = self._hardware(device, dtype)
+        if recipe.hardware.compile:
+            require_compiler(torch.device(device))
+        hardware = self._hardware(device, dtype, signal)
         hardware, found = self._fitted(self._workload(facts, signal, hardware, steps), hardware)
         disk = self._disk_bytes(facts, signal)
         return Plan(
@@ -392,13 +407,45 @@ class _Planner:
             return asked
         return "bfloat16" if self._device() == "cuda" and torch.cuda.is_bf16_supported() else "float32"
 
-    def _hardware(self, device: str, dtype: str) -> Hardware:
+    def _teacher_dtype(self, dtype: str) -> Literal["float32", "bfloat16", "int8"]:
+        asked = self.recipe.teacher.dtype
+        return ("bfloat16" if dtype == "bfloat16" else "float32") if asked == "auto" else asked
+
+    def _packing(self, device: str, dtype: str, teacher_dtype: str, signal: Signal) -> list[Literal["student", "teacher"]]:
+        """Whose sequences can be laid end to end, tried on copies of two layers with weights that mean nothing."""
+        asked = self.recipe.training.packing
+        if asked == "off":
+            return []
+        place, arithmetic = torch.device(device), getattr(torch, dtype)
+        tried = {"student": why_not_packed(self._outline(self.student), torch.float32, arithmetic, place)}
+        if signal.kind != "text":
+            own = product_dtype(teacher_dtype)
+            tried["teacher"] = why_not_packed(self._outline(self.teacher), own, own, place)
+        faults = {whose: why for whose, why in tried.items() if why is not None}
+        if faults and asked == "on":
+            raise cannot_pack(*next(iter(faults.items())))
+        chosen: list[Literal["student", "teacher"]] = [whose for whose in ("student", "teacher") if whose in tried and whose not in faults]
+        named = " and ".join(chosen) or "nobody"
+        if faults:
+            said = "; ".join(f"sequences of the {whose} are padded: {why}" for whose, why in faults.items())
+            self._decided("training.packing", named, said, degraded=True)
+        else:
+            self._decided("training.packing", named, "sequences laid end to end give what each gives alone, on copies of two layers")
+        return chosen
+
+    def _outline(self, model: ModelDescription | StudentPlan) -> Outline:
+        return Outline(config=model.config, shape=model.shape, parameters=model.parameters)
+
+    def _hardware(self, device: str, dtype: str, signal: Signal) -> Hardware:
         threads = self.recipe.hardware.threads
         per_step = self.recipe.training.sequences_per_step
         asked = self.recipe.training.micro_batch
+        teacher_dtype = self._teacher_dtype(dtype)
         return Hardware(
             device=device,
             dtype=dtype,
+            teacher_dtype=teacher_dtype,
+            packing=self._packing(device, dtype, teacher_dtype, signal),
             threads=threads if threads != "auto" else torch.get_num_threads(),
             micro_batch=min(asked, per_step) if asked != "auto" else min(per_step, _CPU_MICRO_BATCH) if device == "cpu" else per_step,
             teacher_at_once=256,
@@ -427,14 +474,19 @@ class _Planner:
         recipe = self.recipe
         training = recipe.training
         dtype: torch.dtype = getattr(torch, hardware.dtype)
+        teacher_dtype = product_dtype(hardware.teacher_dtype)
         return Workload(
-            teacher=Outline(config=self.teacher.config, shape=self.teacher.shape, parameters=self.teacher.parameters),
-            student=Outline(config=self.student.config, shape=self.student.shape, parameters=self.student.parameters),
-            mapped_bytes=0 if self.teacher.stored_dtype == _SAFETENSORS_NAMES.get(dtype) else self.teacher.weight_bytes,
+            teacher=self._outline(self.teacher),
+            student=self._outline(self.student),
+            mapped_bytes=0 if self.teacher.stored_dtype == _SAFETENSORS_NAMES.get(teacher_dtype) else self.teacher.weight_bytes,
             size=self.vocabulary.size,
             objective=self.objective,
             device=torch.device(hardware.device),
             dtype=dtype,
+            teacher_dtype=teacher_dtype,
+            teacher_int8=hardware.teacher_dtype == "int8",
+            packing=tuple(hardware.packing),
+            recomputed=training.gradient_checkpointing,
             threads=hardware.threads,
             prompts=facts.count,
             prompt_tokens=tuple(self.prompt_lengths),

@@ -58,6 +58,8 @@ class TeacherSection(_Section):
     """A Hugging Face directory, or a hub id."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
+    dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    """Of its arithmetic; auto: as hardware.dtype. int8: bfloat16, with linear layers kept in eight bits. docs/concepts.md says what each costs in exactness."""
 
 
 class StudentSection(_Section):
@@ -313,6 +315,10 @@ class TrainingSection(_Section):
     """Steps between two checkpoints."""
     rows_per_chunk: Positive = 2048
     """Scored rows that go through the vocabulary at once; bounds memory, changes nothing else."""
+    packing: Literal["auto", "on", "off"] = "auto"
+    """Lay the sequences of a micro-batch end to end, each attending to itself alone, instead of padding them. auto: where it is proved to change nothing."""
+    gradient_checkpointing: bool = False
+    """Keep each layer's input alone and compute the layer again for its gradient: less memory, about a third more time, the same numbers."""
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainingSection:
@@ -361,6 +367,8 @@ class HardwareSection(_Section):
     """Of the models' arithmetic; the optimiser's state is always float32."""
     threads: Positive | Literal["auto"] = "auto"
     """CPU threads."""
+    compile: bool = False
+    """Have torch.compile make kernels of both models' bodies when they are first called; numbers move by rounding."""
     price_per_hour: Annotated[float, Field(ge=0.0)] | None = None
     """What an hour of this machine costs; without it no money is reported."""
     currency: str = "USD"

@@ -13,9 +13,11 @@ from stillroom.core.identities import Sampling
 from stillroom.core.interrupts import StopRequest
 from stillroom.data import Prompt, load_prompts
 from stillroom.ledger import Ledger
+from stillroom.models.arithmetic import compile_body, quantise
 from stillroom.models.loading import describe, load_model, silence
 from stillroom.models.local import LocalTeacher
 from stillroom.models.memory import release_memory
+from stillroom.models.packing import require_packing
 from stillroom.runs.card import student_card
 from stillroom.runs.collecting import Collector
 from stillroom.runs.directory import STATES, Run, environment
@@ -146,7 +148,13 @@ def _plan_of(run: Run) -> Plan | None:
 
 
 def teacher_of(prepared: Prepared) -> LocalTeacher:
-    """The teacher, loaded on the plan's device."""
+    """The teacher, loaded on the plan's device and computing as the plan says."""
     hardware = prepared.plan.hardware
-    model = load_model(prepared.teacher, prepared.dtype, prepared.device)
+    model = load_model(prepared.teacher, prepared.teacher_dtype, prepared.device)
+    if hardware.teacher_dtype == "int8":
+        quantise(model)
+    if "teacher" in hardware.packing:
+        require_packing(model, "teacher")
+    if prepared.recipe.hardware.compile:
+        compile_body(model)
     return LocalTeacher(model, prepared.teacher.ref, prepared.teacher_vocabulary, at_once=hardware.teacher_at_once)

@@ -16,10 +16,12 @@ from stillroom.core.interrupts import StopRequest
 from stillroom.core.seeds import derive_seed
 from stillroom.data import TransferSet, load_prompts
 from stillroom.ledger import Ledger, Trained
+from stillroom.models.arithmetic import compile_body, recompute_layers
 from stillroom.models.export import export_student
 from stillroom.models.loading import build_from_scratch, build_from_teacher, load_model
 from stillroom.models.local import LocalTeacher
 from stillroom.models.memory import release_memory
+from stillroom.models.packing import require_packing
 from stillroom.models.student import OptimiserSettings, TransformersStudent
 from stillroom.objectives.divergences import cross_entropy
 from stillroom.objectives.matching import StateMatch, new_projections
@@ -102,7 +104,7 @@ class Trainer:
         training = self.prepared.recipe.training
         settings = OptimiserSettings(weight_decay=training.weight_decay, betas=training.adam_betas, clip_norm=training.clip_norm)
         return TransformersStudent(
-            untrained_student(self.prepared, self.teacher),
+            self._engine(untrained_student(self.prepared, self.teacher)),
             self.prepared.student.vocabulary,
             settings,
             dtype=self.prepared.dtype,
@@ -111,6 +113,17 @@ class Trainer:
                 matches, student_width=self.prepared.student.shape.width, teacher_width=self.prepared.teacher.shape.width, seed=self._seed
             ),
         )
+
+    def _engine(self, model: PreTrainedModel) -> PreTrainedModel:
+        """The same model, going through its passes as recipe and plan say."""
+        model.float().eval()
+        if "student" in self.prepared.plan.hardware.packing:
+            require_packing(model, "student", self.prepared.dtype)
+        if self.prepared.recipe.training.gradient_checkpointing:
+            recompute_layers(model)
+        if self.prepared.recipe.hardware.compile:
+            compile_body(model)
+        return model
 
     def _settings(self, steps: int, records: int) -> LoopSettings:
         training = self.prepared.recipe.training
@@ -209,7 +222,9 @@ def _untrained_on_cpu(prepared: Prepared, teacher: LocalTeacher | None) -> PreTr
     if plan.description is not None:
         return load_model(plan.description)
     if section.from_teacher is not None:
-        return build_from_teacher(teacher.model if teacher is not None else prepared.teacher, section.from_teacher.layers)
+        # A teacher that computes in less than float32 has lost what its files have.
+        whole = teacher is not None and prepared.plan.hardware.teacher_dtype == "float32"
+        return build_from_teacher(teacher.model if teacher is not None and whole else prepared.teacher, section.from_teacher.layers)
     shape = section.from_scratch
     assert shape is not None
     return build_from_scratch(

@@ -31,6 +31,7 @@ from stillroom.objectives.divergences import DIVERGENCES
 from stillroom.objectives.matching import STATE_MATCHES
 from stillroom.objectives.objective import Objective, WeightedTerm
 from stillroom.runs.entitling import decide_recipe, entitled, sources_of, terms_of
+from stillroom.runs.loggers import chosen as loggers_chosen
 from stillroom.runs.plan import Estimate, Hardware, ModelFacts, Plan, PromptFacts, Signal, VocabularyFacts
 from stillroom.runs.recipe import ObjectiveSection, Recipe
 from stillroom.runs.report import Decision
@@ -106,6 +107,7 @@ def prepare(recipe: Recipe, *, out: Path | None = None, planned: Plan | None = N
     no_plan = recipe.terms.access != "weights" or recipe.intent.purpose == "evaluate"
     decided = entitled if gate or no_plan else decide_recipe
     verdict, sources = decided(recipe), sources_of(recipe)
+    loggers_chosen(recipe.logging)
     teacher = describe(recipe.teacher.model, recipe.teacher.revision)
     if planned is not None:
         _require_same_teacher(planned, teacher)

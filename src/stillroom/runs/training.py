@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from stillroom.objectives.objective import Objective, WeightedTerm
 from stillroom.runs.collecting import request_of, store_identity
 from stillroom.runs.directory import Run
 from stillroom.runs.gates import Gates
+from stillroom.runs.loggers import Loggers, chosen
 from stillroom.runs.loop import BatchSource, Loop, LoopSettings, Progress
 from stillroom.runs.observer import Observer
 from stillroom.runs.planning import Prepared
@@ -68,6 +70,9 @@ class Trainer:
             store_sha256=store.sha256,
             label_only_steps=baseline.best_step if baseline else None,
             label_only_seconds=round(baseline.seconds, 3) if baseline else None,
+            logger_failures=[
+                failure for directory in (self.run.directory, self.run.label_only_path) for failure in self._loggers(directory, "").failures
+            ],
         )
         durable.write_json_atomic(self.run.trained_path, done.model_dump(mode="json"))
 
@@ -86,6 +91,7 @@ class Trainer:
             stop=self.stop,
             consumed=self._enter,
             admitted=lambda records: self.gates.admit(records, self.ledger),
+            loggers=self._loggers(self.run.directory, self.prepared.recipe.name),
         ).run()
         self._export(student.model, "student")
         return progress
@@ -100,7 +106,9 @@ class Trainer:
 
     def _student(self, matches: Sequence[StateMatch] = ()) -> TransformersStudent:
         training = self.prepared.recipe.training
-        settings = OptimiserSettings(weight_decay=training.weight_decay, betas=training.adam_betas, clip_norm=training.clip_norm)
+        settings = OptimiserSettings(
+            weight_decay=training.weight_decay, betas=training.adam_betas, clip_norm=training.clip_norm, offload=training.optimiser_offload
+        )
         return TransformersStudent(
             untrained_student(self.prepared, self.teacher),
             self.prepared.student.vocabulary,
@@ -125,7 +133,15 @@ class Trainer:
             checkpoint_every=training.checkpoint_every,
             seed=self._seed,
             length_window=training.length_window,
+            min_learning_rate=training.min_learning_rate,
+            decay_steps=max(1, round(training.decay_fraction * steps)),
         )
+
+    def _loggers(self, directory: Path, title: str) -> Loggers:
+        """Of the recipe they are told its identity and the loop's settings; paths and what is intended stay here."""
+        recipe = self.prepared.recipe
+        facts = {"recipe_sha256": recipe.sha256, "seed": recipe.seed, **recipe.training.model_dump(mode="json")}
+        return Loggers(chosen(recipe.logging), directory, self.observer, project=recipe.logging.project, title=title, facts=facts)
 
     def _source(self, store: TargetStore) -> BatchSource:
         signal, vocabulary = self.prepared.plan.signal, self.prepared.teacher_vocabulary
@@ -169,7 +185,9 @@ class Trainer:
         )
         objective = Objective(terms=(WeightedTerm(divergence=cross_entropy()),))
         source = TextSource(sequences, self.prepared.teacher_vocabulary)
-        loop = Loop(student, objective, source, records, validation, settings, self.run.label_only_path, observer=self.observer, stop=self.stop)
+        directory = self.run.label_only_path
+        loggers = self._loggers(directory, f"{self.prepared.recipe.name} label-only")
+        loop = Loop(student, objective, source, records, validation, settings, directory, observer=self.observer, stop=self.stop, loggers=loggers)
         progress = loop.run()
         self._export(student.model, "label_only")
         return progress

@@ -88,6 +88,11 @@ class StudentSection(_Section):
     """Some of the teacher's own layers."""
     lora: LoraSection | None = None
 
+    @property
+    def saves_adapter(self) -> bool:
+        """Whether student/ will have an adapter alone."""
+        return self.lora is not None and self.lora.save == "adapter"
+
     @model_validator(mode="after")
     def _lora_has_a_base(self) -> StudentSection:
         if self.lora is None:

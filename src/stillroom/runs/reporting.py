@@ -214,6 +214,10 @@ def _provenance(run: Run, plan: Plan, summary: Evaluation, training: Training) -
         Decision(what="training.micro_batch", chosen=str(halved.micro_batch), why=f"out of memory at step {halved.step}", degraded=True)
         for halved in training.halvings
     ]
+    loggers = [
+        Decision(what=f"logger {failed.logger}", chosen=f"switched off at step {failed.step}", why=failed.error, degraded=True)
+        for failed in training.logger_failures
+    ]
     dropped = [
         Decision(what="transfer set", chosen=f"{count} records left out", why=DROP_REASONS[reason], degraded=True)  # type: ignore[index]
         for reason, count in transfer_set.dropped.items()
@@ -232,7 +236,7 @@ def _provenance(run: Run, plan: Plan, summary: Evaluation, training: Training) -
         target_store_sha256=training.store_sha256,
         ledger_head=summary.ledger_head,
         ledger_entries=summary.ledger_entries,
-        decisions=[*plan.decisions, *halvings, *dropped],
+        decisions=[*plan.decisions, *halvings, *loggers, *dropped],
         created=summary.time,
         commands=[f"stillroom run {run.recipe_path.name} --out NEW-DIRECTORY", " ".join(environment["command"])],
     )

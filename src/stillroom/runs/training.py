@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,8 @@ from stillroom.core.interrupts import StopRequest
 from stillroom.core.seeds import derive_seed
 from stillroom.data import TransferSet, load_prompts
 from stillroom.ledger import Ledger, Trained
-from stillroom.models.export import export_student
+from stillroom.models.adapters import WEIGHTS, add_lora, load_adapter, merged
+from stillroom.models.export import export_adapter, export_student
 from stillroom.models.loading import build_from_scratch, build_from_teacher, load_model
 from stillroom.models.local import LocalTeacher
 from stillroom.models.memory import release_memory
@@ -31,7 +34,7 @@ from stillroom.runs.gates import Gates
 from stillroom.runs.loggers import Loggers, chosen
 from stillroom.runs.loop import BatchSource, Loop, LoopSettings, Progress
 from stillroom.runs.observer import Observer
-from stillroom.runs.planning import Prepared
+from stillroom.runs.planning import Prepared, lora_of
 from stillroom.runs.recipe import LabelOnlySection
 from stillroom.runs.sources import LiveSource, StoredSource, TextSource
 from stillroom.runs.summaries import Training
@@ -66,7 +69,7 @@ class Trainer:
             halvings=progress.halvings,
             records=len(records),
             validation_records=len(validation),
-            weights_sha256=sha256_file(self.run.student_path / "model.safetensors"),
+            weights_sha256=sha256_file(self.run.student_path / (WEIGHTS if self.run.recipe.student.saves_adapter else "model.safetensors")),
             store_sha256=store.sha256,
             label_only_steps=baseline.best_step if baseline else None,
             label_only_seconds=round(baseline.seconds, 3) if baseline else None,
@@ -78,7 +81,7 @@ class Trainer:
 
     def _train_student(self, store: TargetStore, records: Sequence[str], validation: Sequence[str]) -> Progress:
         student = self._student(matches=self.prepared.objective.state_matches)
-        self.observer.stage("train", f"{self.prepared.plan.student.parameters:,} parameters on {len(records):,} records, {self._steps:,} steps")
+        self.observer.stage("train", f"{self.prepared.student.trainable:,} parameters on {len(records):,} records, {self._steps:,} steps")
         progress = Loop(
             student,
             self.prepared.objective,
@@ -109,8 +112,10 @@ class Trainer:
         settings = OptimiserSettings(
             weight_decay=training.weight_decay, betas=training.adam_betas, clip_norm=training.clip_norm, offload=training.optimiser_offload
         )
+        model = untrained_student(self.prepared, self.teacher)
+        lora = lora_of(self.prepared.recipe)
         return TransformersStudent(
-            untrained_student(self.prepared, self.teacher),
+            model if lora is None else add_lora(model, lora),
             self.prepared.student.vocabulary,
             settings,
             dtype=self.prepared.dtype,
@@ -159,7 +164,14 @@ class Trainer:
 
     def _export(self, model: PreTrainedModel, name: str) -> None:
         directory = self.run.student_path if name == "student" else self.run.label_only_path / "student"
-        export_student(model, self.prepared.tokenizer, directory, _UNREPORTED, end_ids=self.prepared.teacher_vocabulary.end_ids)
+        tokenizer, end_ids = self.prepared.tokenizer, self.prepared.teacher_vocabulary.end_ids
+        if name == "student" and self.run.recipe.student.saves_adapter:
+            base = self.prepared.student.description
+            assert base is not None, "the recipe sees to that"
+            source = base.source if base.ref.kind == "hub" else str(base.directory)
+            export_adapter(model, tokenizer, directory, _UNREPORTED, base=source, revision=base.revision, end_ids=end_ids)
+        else:
+            export_student(model if self.prepared.recipe.student.lora is None else merged(model), tokenizer, directory, _UNREPORTED, end_ids=end_ids)
 
     # --- the baseline -----------------------------------------------------------------------------------------------------------------
 
@@ -213,6 +225,24 @@ class Trainer:
                 do="Give more labelled items.",
             )
         return sequences
+
+
+@contextmanager
+def whole_student(run: Run, prepared: Prepared, place: Path) -> Iterator[Path]:
+    """The directory of a student that can be run: student/, or where that has an adapter alone, `place`, which has it merged for as long as this lasts."""
+    if not run.recipe.student.saves_adapter:
+        yield run.student_path
+        return
+    lora = lora_of(run.recipe)
+    assert lora is not None
+    model = add_lora(_untrained_on_cpu(prepared, None), lora)
+    load_adapter(model, run.student_path)
+    try:
+        export_student(merged(model), prepared.tokenizer, place, _UNREPORTED, end_ids=prepared.teacher_vocabulary.end_ids)
+        del model
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def untrained_student(prepared: Prepared, teacher: LocalTeacher | None) -> PreTrainedModel:

@@ -6,6 +6,7 @@ name under which each knows the run, so that a resumed run goes on in it, and th
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import secrets
@@ -78,6 +79,7 @@ class Loggers:
         self._names, self._directory, self._observer = tuple(names), directory, observer
         self._project, self._title, self._facts = project, title, dict(facts or {})
         self._open: dict[str, Logger] = {}
+        self._last_step = 0
 
     @property
     def failures(self) -> tuple[LoggerFailure, ...]:
@@ -106,6 +108,7 @@ class Loggers:
             self._state.keys.setdefault(name, secrets.token_hex(8))
         # Before any logger hears of it: a key that was used and lost would be a second run.
         if not self._kept():
+            self._observer.note("loggers are switched off: loggers.json cannot be written")
             return
         for name in self._names:
             self._guarded(name, 0, partial(self._begin, name))
@@ -114,6 +117,7 @@ class Loggers:
         """The numbers of a line of metrics.jsonl, each as `name`/its key."""
         if step <= self._state.logged_step or not self._open:
             return
+        self._last_step = step
         values = {f"{name}/{key}": float(line[key]) for key in _CURVES if key in line}
         values |= {f"{name}/terms/{term}": float(nats) for term, nats in line.get("terms", {}).items()}
         values |= {f"{name}/{key}": float(value) for key, value in line.get("wall", {}).items()}
@@ -123,7 +127,7 @@ class Loggers:
     def close(self) -> None:
         """Lets every logger finish."""
         for name, logger in list(self._open.items()):
-            self._guarded(name, self._state.logged_step, logger.close)
+            self._guarded(name, self._last_step, logger.close)
         self._open = {}
 
     @property
@@ -179,13 +183,12 @@ class _TensorBoard:
     def __init__(self, entry: Entry) -> None:
         self._events = load("tensorboard.compat.proto.event_pb2", extra="train")
         self._summaries = load("tensorboard.compat.proto.summary_pb2", extra="train")
-        records = load("tensorboard.summary.writer.record_writer", extra="train")
+        self._records = load("tensorboard.summary.writer.record_writer", extra="train")
         folder = entry.directory / "tensorboard"
         folder.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{int(clock.now().timestamp()):010d}.{socket.gethostname()}.{os.getpid()}"
         # Without a buffer, which would try again to write what did not fit when it is collected.
         self._file = (folder / name).open("ab", buffering=0)
-        self._records = records.RecordWriter(self._file)
         self._write(file_version="brain.Event:2")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -196,7 +199,10 @@ class _TensorBoard:
         self._file.close()
 
     def _write(self, **content: Any) -> None:
-        self._records.write(self._events.Event(wall_time=clock.now().timestamp(), **content).SerializeToString())
+        record = io.BytesIO()
+        self._records.RecordWriter(record).write(self._events.Event(wall_time=clock.now().timestamp(), **content).SerializeToString())
+        if self._file.write(record.getvalue()) != record.tell():
+            raise OSError(errno.ENOSPC, "only a part of a record could be written")
 
 
 class _Wandb:

@@ -226,7 +226,7 @@ def _provenance(run: Run, plan: Plan, summary: Evaluation, training: Training) -
         recipe_sha256=recipe.sha256,
         recipe_name=recipe.name,
         teacher=_identity(plan.teacher.model_dump()),
-        student=_identity({**plan.student.model_dump(), "weights_sha256": training.weights_sha256}),
+        student=_identity({**plan.student.model_dump(), **_counted(run), "weights_sha256": training.weights_sha256}),
         terms=terms.model_dump(exclude={"outcome", "changed_by", "alternatives", "question"}),
         verdict=verdict.outcome,
         seed=recipe.seed,
@@ -240,6 +240,12 @@ def _provenance(run: Run, plan: Plan, summary: Evaluation, training: Training) -
         created=summary.time,
         commands=[f"stillroom run {run.recipe_path.name} --out NEW-DIRECTORY", " ".join(environment["command"])],
     )
+
+
+def _counted(run: Run) -> dict[str, int]:
+    """The student's parameters as they were counted: a tied head that was adapted has become one of its own."""
+    counted = read(run.evals_path / "cost.json", CostMeasurements).student.parameters
+    return {} if isinstance(counted, Absence) else {"parameters": round(counted.value)}
 
 
 def _identity(facts: dict[str, Any]) -> dict[str, str | int | None]:

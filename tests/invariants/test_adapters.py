@@ -185,23 +185,23 @@ def test_adapters_are_a_function_of_the_seed_and_of_each_layers_name() -> None:
 
 
 @pytest.mark.parametrize(
-    ("target", "do"),
+    ("target", "hint"),
     [
-        ("q_prj", "Did you mean `q_proj`?"),
-        ("attention", "Give some of these names, or all-linear."),
-        ("lm_head", "Leave it out here; student.lora.head: true adapts the head."),
-        ("norm", "Give some of these names, or all-linear."),
-        ("roj", None),
+        ("q_prj", " Did you mean `q_proj`?"),
+        ("attention", ""),
+        ("lm_head", " The head is adapted by student.lora.head: true."),
+        ("norm", ""),
+        ("roj", " Did you mean `v_proj`?"),
     ],
 )
-def test_a_name_that_no_layer_has_is_refused_with_those_that_there_are(target: str, do: str | None) -> None:
+def test_a_name_that_no_layer_has_is_refused_with_those_that_there_are(target: str, hint: str) -> None:
     model = model_of("llama")
     with pytest.raises(ModelError) as caught:
         add_lora(model, LoraSettings(rank=2, alpha=2, targets=("q_proj", target)))
     assert caught.value.code == "lora-targets"
-    assert caught.value.found == f"{target!r}, which no layer of LlamaForCausalLM is called"
-    assert caught.value.expected == "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
-    assert do is None or caught.value.do == do
+    assert caught.value.found == f"{target!r}, which no linear layer of the body of LlamaForCausalLM is called"
+    assert caught.value.expected == "some of down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+    assert caught.value.do == f"Correct student.lora.targets, or set it to all-linear.{hint}"
     assert not has_adapter(model)
 
 

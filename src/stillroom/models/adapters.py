@@ -101,10 +101,15 @@ def _targeted(model: PreTrainedModel, settings: LoraSettings) -> list[str]:
 def _no_such_layer(model: PreTrainedModel, target: str, body: list[str], heads: list[str]) -> ModelError:
     known = sorted({name.rpartition(".")[2] for name in body})
     near = difflib.get_close_matches(target, known, n=1, cutoff=0.5)
-    do = f"Did you mean `{near[0]}`?" if near else "Give some of these names, or all-linear."
+    hint = f" Did you mean `{near[0]}`?" if near else ""
     if any(f".{name}".endswith(f".{target}") for name in heads):
-        do = "Leave it out here; student.lora.head: true adapts the head."
-    return ModelError("lora-targets", found=f"{target!r}, which no layer of {type(model).__name__} is called", expected=", ".join(known), do=do)
+        hint = " The head is adapted by student.lora.head: true."
+    return ModelError(
+        "lora-targets",
+        found=f"{target!r}, which no linear layer of the body of {type(model).__name__} is called",
+        expected=f"some of {', '.join(known)}",
+        do=f"Correct student.lora.targets, or set it to all-linear.{hint}",
+    )
 
 
 def _as_peft_matches(model: PreTrainedModel, names: list[str]) -> list[str]:

@@ -180,7 +180,8 @@ def test_adapters_are_a_function_of_the_seed_and_of_each_layers_name() -> None:
     assert all(torch.equal(one[name], same[name]) and not torch.equal(one[name], other[name]) for name in one)
     assert len(fewer) == 4
     assert all(torch.equal(one[name], fewer[name]) for name in fewer)
-    first = one["model.layers.0.self_attn.q_proj.lora_A.default.weight"]
+    first, second = (one[f"model.layers.{layer}.self_attn.q_proj.lora_A.default.weight"] for layer in (0, 1))
+    assert not torch.equal(first, second)
     assert 0.8 / math.sqrt(32) < float(first.abs().max()) <= 1 / math.sqrt(32)
 
 

@@ -41,7 +41,6 @@ class HostOptimiser:
             self.state[parameter] = self._optimiser.state[copy]
             parameter.copy_(copy, non_blocking=True)
             self._versions[parameter] = parameter._version
-            copy.grad = None
         # Until the weights are there, the copies must not change.
         _wait(self._copies)
 

@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas  # noqa: F401  (pyarrow imports it where it is installed: here once, and not in each child)
+import tensorboard.compat.proto.event_pb2
+import tensorboard.summary.writer.record_writer  # noqa: F401  (likewise, for the loop)
 import torch
-import torch.utils.tensorboard  # likewise, for the loop
 
 from stillroom.core import durable
 from stillroom.core.errors import StillroomError

@@ -39,6 +39,7 @@ CODES: dict[str, str] = {
     "model-unsupported": "The model's architecture or configuration cannot be used here.",
     "model-pickle": "The weights are only there as a pickle, which is never loaded.",
     "packing-unsupported": "A model cannot take sequences that are laid end to end.",
+    "lora-targets": "The layers that adapters were asked for are not in the student.",
     "student-shape": "The student cannot be built in the shape asked for.",
     "vocabulary-mismatch": "Teacher and student do not have the same vocabulary.",
     "targets-unsupported": "The objective cannot be computed from the targets chosen.",

@@ -14,12 +14,13 @@ from functools import partial
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from stillroom.models.adapters import LoraSettings, add_lora
 from stillroom.models.arithmetic import recompute_layers
 from stillroom.models.loading import body_of, head_of
 from stillroom.models.local import head_draws, head_log_probs, head_top_k
 from stillroom.models.probing import Cost, Meter, Pattern, copy_of
 from stillroom.models.rollouts import choose_tokens
-from stillroom.models.student import OptimiserSettings, adamw
+from stillroom.models.student import OptimiserSettings, optimiser_of
 from stillroom.objectives.fused import linear_head
 from stillroom.objectives.matching import new_projections
 from stillroom.objectives.objective import Objective, backward_chunked
@@ -232,20 +233,22 @@ def learning_costs(
     dtype: torch.dtype,
     recomputed: bool,
     meter: Meter,
+    lora: LoraSettings | None = None,
+    offload: bool = False,
 ) -> LearningCosts:
-    """Measures forward and backward through the body, through the head with the objective, and an optimiser step.
+    """Measures forward and backward through the body, through the head with the objective, and an optimiser step, of what is learned.
 
     `recomputed`: layers are computed again for their gradient, as `arithmetic.recompute_layers` has it.
     """
     width = _fitting_width(pattern, tokens)
     batch = _fitting_batch(pattern, micro_batch, width)
-    copies = [copy_of(pattern, depth, torch.float32, meter.device) for depth in (1, 2)]
+    copies = [_learner(pattern, depth, meter.device, lora) for depth in (1, 2)]
     for copy in copies if recomputed else []:
         recompute_layers(copy)
-    depths = [_learn_at(copy, batch, width, dtype, meter) for copy in copies]
+    depths = [_learn_at(copy, batch, width, dtype, meter, offload) for copy in copies]
     passes, one_pass, optimiser, kept, kept_always, beside, beside_always = (_AtDepths(one, two) for one, two in zip(*depths, strict=True))
     of_states = replace(pattern, scale=1.0)  # the bytes of a layer's states do not grow with its parameters
-    model = copy_of(pattern, 1, torch.float32, meter.device)
+    model = _learner(pattern, 1, meter.device, lora)
     rows = max(2, min(rows_per_chunk, _PROBE_LOGITS // pattern.rows))
     through_head = partial(_head_and_back, model, objective, kind, min(k, pattern.rows), teacher_width, min(size, pattern.rows), dtype)
     through_head(rows)()  # from now on there is a gradient to add to
@@ -268,7 +271,13 @@ def learning_costs(
     )
 
 
-def _learn_at(model: PreTrainedModel, batch: int, width: int, dtype: torch.dtype, meter: Meter) -> tuple[float, ...]:
+def _learner(pattern: Pattern, depth: int, device: torch.device, lora: LoraSettings | None) -> PreTrainedModel:
+    """A copy that learns as the student does; a stand-in has other layers than those that are named."""
+    model = copy_of(pattern, depth, torch.float32, device)
+    return model if lora is None else add_lora(model, replace(lora, targets=None) if pattern.stands_in else lora)
+
+
+def _learn_at(model: PreTrainedModel, batch: int, width: int, dtype: torch.dtype, meter: Meter, offload: bool) -> tuple[float, ...]:
     """Seconds of a micro-batch and of one sequence, and of the optimiser for each parameter; then bytes: kept of each token and whatever their number
     (weights in another dtype), and what lives beside them, likewise (a layer's gradient before it is added).
     """
@@ -284,7 +293,7 @@ def _learn_at(model: PreTrainedModel, batch: int, width: int, dtype: torch.dtype
     return (
         meter.seconds(partial(_learn, model, batch, width, dtype)),
         meter.seconds(partial(_learn, model, 1, width, dtype)),
-        _optimiser_seconds(model, meter),
+        _optimiser_seconds(model, meter, offload),
         kept_each,
         kept[1] - kept_each * batch * width,
         beside_each,
@@ -365,10 +374,10 @@ def _targets(kind: str, rows: int, size: int, k: int, teacher_width: int, temper
             return TextTargets(vocabulary="", token_ids_R=torch.zeros(rows, dtype=torch.int64, device=device))
 
 
-def _optimiser_seconds(model: PreTrainedModel, meter: Meter) -> float:
-    """Clipping and one AdamW step, for each parameter."""
-    parameters = list(model.parameters())
-    optimiser = adamw(parameters, OptimiserSettings())
+def _optimiser_seconds(model: PreTrainedModel, meter: Meter, offload: bool) -> float:
+    """Clipping and one AdamW step, for each parameter that is learned."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimiser = optimiser_of(parameters, OptimiserSettings(offload=offload), meter.device)
     for parameter in parameters:
         parameter.grad = torch.full_like(parameter, 1e-3)
 

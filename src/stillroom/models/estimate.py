@@ -19,6 +19,7 @@ from typing import TypeVar
 
 import torch
 
+from stillroom.models.adapters import LoraSettings
 from stillroom.models.costs import LearningCosts, ReadingCosts, learning_costs, reading_costs
 from stillroom.models.local import COMPARED_AT_ONCE, DRAWN_AT_ONCE, VALUES_AT_ONCE
 from stillroom.models.probing import Meter, Outline, Pattern, as_in_a_run, pattern_of, stand_in
@@ -116,6 +117,14 @@ class Workload:
     label_only: LabelOnlyWork | None
     items: int
     fidelity_prompts: int
+    trainable: int | None = None
+    lora: LoraSettings | None = None
+    optimiser_offload: bool = False
+
+    @property
+    def learned(self) -> int:
+        """Parameters with a gradient and an optimiser's state."""
+        return self.student.parameters if self.trainable is None else self.trainable
 
     @property
     def teacher_bytes(self) -> float:
@@ -250,6 +259,8 @@ def _learning_costs(work: Workload, meter: Meter, pattern: Pattern) -> LearningC
         dtype=work.dtype,
         recomputed=work.recomputed,
         meter=meter,
+        lora=work.lora,
+        offload=work.optimiser_offload,
     )
 
 
@@ -358,7 +369,7 @@ class _Seconds:
         return self.found.python * sequences * _BATCHED_SECONDS
 
     def _optimiser(self) -> float:
-        return self.work.student.parameters * self.found.learning.parameter_seconds + self.found.python * _STEP_SECONDS
+        return self.work.learned * self.found.learning.parameter_seconds + self.found.python * _STEP_SECONDS
 
     def _validation(self, sequences: float) -> float:
         """Scored without gradients, in whatever order the records are."""
@@ -372,7 +383,7 @@ class _Seconds:
         return passes / 3 + self._batches(sequences)
 
     def _checkpoint(self) -> float:
-        return 12 * self.work.student.parameters / _WRITTEN_BYTES_A_SECOND + self.found.python * _CHECKPOINT_SECONDS
+        return 12 * self.work.learned / _WRITTEN_BYTES_A_SECOND + self.found.python * _CHECKPOINT_SECONDS
 
     def _compared(self) -> float:
         """Fidelity: the teacher answers, both models read, and every probability is compared."""
@@ -457,7 +468,7 @@ class _Bytes:
 
     def train(self) -> float:
         work, learning = self.work, self.found.learning
-        weights = 4.0 * work.student.parameters
+        weights, gradients = 4.0 * work.student.parameters, 4.0 * work.learned
         micro_steps = math.ceil(work.sequences_per_step / work.micro_batch)
         tokens = work.micro_batch * self._length(work.micro_batch, work.sequences_per_step * work.length_window, "student")
         rows = work.micro_batch * work.answer_mean
@@ -470,14 +481,16 @@ class _Bytes:
         chunk = self._resident(chunk_rows * learning.row_bytes, chunk_rows * work.size * 4) + learning.head_bytes
         targets = rows * self._target_bytes()
         # With one micro-batch, gradients come to be as what was kept for them goes.
-        before, after = (weights, weights) if micro_steps > 1 else (0.0, weights)
+        before, after = (gradients, gradients) if micro_steps > 1 else (0.0, gradients)
         passing = learning.fixed_bytes + max(before + kept + targets + max(chunk, working), after + working)
         teacher = self.teacher if work.from_teacher or (work.live and work.target_kind != "text") else 0.0
         asking = 0.0
         if work.live and work.target_kind != "text":
             asking = self._reading(self.found.teacher, work.teacher, work.micro_batch, "teacher") + 3 * targets + before
         # Weights and AdamW's two moments; the head of stored states is read from its file and copied once.
-        tensors = 3 * weights + max(passing, asking, weights) + teacher + (self.head if self.rows_stored else 0) + self._prior(_PRIOR_BYTES)
+        moments = 0.0 if work.optimiser_offload and not self.on_cpu else 2 * gradients
+        heads = (self.head if self.rows_stored else 0) + self._prior(_PRIOR_BYTES)
+        tensors = weights + moments + max(passing, asking, gradients) + teacher + heads
         files = self._mapped() + (self.head if self.rows_stored else 0)
         return self._process(tensors, work.prompts * (_RECORD_BYTES + _TOKEN_BYTES * (work.prompt_mean + work.answer_mean)) + files)
 

@@ -20,7 +20,8 @@ from stillroom.core import durable
 from stillroom.core.errors import RunError
 from stillroom.core.identities import Sampling, TokenIds, TokenSequence
 from stillroom.models.batching import by_length
-from stillroom.models.loading import count_parameters, head_of
+from stillroom.models.loading import head_of
+from stillroom.models.offload import HostOptimiser
 from stillroom.models.packing import scored_states
 from stillroom.models.rollouts import decode
 from stillroom.objectives.objective import Objective, backward_chunked, sums_chunked
@@ -35,13 +36,16 @@ class OptimiserSettings:
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
     clip_norm: float = 1.0
+    offload: bool = False
+    """Whether its state is kept in host memory while the model is on an accelerator."""
 
 
 class TransformersStudent:
     """Implements targets.protocols.Student. Weights and optimiser state are float32; with `dtype` bfloat16 the arithmetic is autocast.
 
     `projections` (objectives.matching.new_projections) are learned beside the model where an objective matches hidden states: they are clipped,
-    decayed, saved and loaded with its parameters, and are no part of `model`, which is what is exported.
+    decayed, saved and loaded with its parameters, and are no part of `model`, which is what is exported. Parameters that require no gradient
+    (what models.adapters freezes) are not learned, and are in no checkpoint.
     """
 
     def __init__(
@@ -63,7 +67,7 @@ class TransformersStudent:
         self._dtype = dtype
         self._rows_per_chunk = rows_per_chunk
         self._projections = (projections or nn.ModuleDict()).to(model.device)
-        self._optimiser = adamw(self._parameters.values(), settings)
+        self._optimiser = optimiser_of(self._parameters.values(), settings, model.device)
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -72,7 +76,8 @@ class TransformersStudent:
     @property
     def _parameters(self) -> dict[str, nn.Parameter]:
         """Everything that is learned, by name: the model's, then the projections'."""
-        return dict(self.model.named_parameters()) | dict(self._projections.named_parameters(prefix="projections"))
+        named = dict(self.model.named_parameters()) | dict(self._projections.named_parameters(prefix="projections"))
+        return {name: parameter for name, parameter in named.items() if parameter.requires_grad}
 
     def forward_backward(self, batch: Batch, objective: Objective, divide_by: float) -> StepSums:
         """Adds the gradient of (sum over scored rows) / `divide_by`; returns undivided sums. A batch without scored rows adds nothing."""
@@ -125,8 +130,8 @@ class TransformersStudent:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """What `save` writes: weights and two moments, all float32."""
-        return 12 * (count_parameters(self.model) + count_parameters(self._projections))
+        """What `save` writes: learned weights and two moments, all float32."""
+        return 12 * sum(parameter.numel() for parameter in self._parameters.values())
 
     def drop_gradient(self) -> None:
         """Forgets what has been accumulated (after a micro-batch that did not fit)."""
@@ -197,8 +202,15 @@ class TransformersStudent:
         return torch.autocast(self.model.device.type, self._dtype)
 
 
+def optimiser_of(parameters: Iterable[nn.Parameter], settings: OptimiserSettings, device: torch.device) -> torch.optim.Optimizer | HostOptimiser:
+    """The optimiser of a student whose weights are on `device`."""
+    if settings.offload and device.type != "cpu":
+        return HostOptimiser(parameters, lambda copies: adamw(copies, settings))
+    return adamw(parameters, settings)
+
+
 def adamw(parameters: Iterable[nn.Parameter], settings: OptimiserSettings) -> torch.optim.AdamW:
-    """The optimiser of a student."""
+    """AdamW over parameters that are all on one device."""
     parameters = list(parameters)
     matrices = [p for p in parameters if p.ndim > 1]
     others = [p for p in parameters if p.ndim <= 1]

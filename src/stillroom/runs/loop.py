@@ -11,7 +11,6 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -26,6 +25,7 @@ from stillroom.core.seeds import derive_seed
 from stillroom.models.memory import is_out_of_memory
 from stillroom.models.student import TransformersStudent
 from stillroom.objectives.objective import Objective
+from stillroom.runs.loggers import Loggers
 from stillroom.runs.observer import Observer
 from stillroom.runs.summaries import Halving
 from stillroom.targets.protocols import Batch, StepSums
@@ -64,19 +64,29 @@ class LoopSettings:
     seed: int
     length_window: int = 1
     patience: int | None = None
+    min_learning_rate: float = 0.0
+    decay_steps: int = 0
 
     def learning_rate_at(self, step: int) -> float:
-        """The rate of step `step` (from 0): linear warm-up, then cosine to 0, linear to 0, or constant."""
+        """The rate of step `step` (from 0), a function of nothing else.
+
+        A linear warm-up whose first step is not lost; then the schedules of transformers.optimization: cosine or linear to `min_learning_rate`,
+        constant, or constant until the last `decay_steps`, over which it falls as 1 - sqrt (Haegele et al. 2024, section 3).
+        """
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / self.warmup_steps
-        share = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        begins = max(self.warmup_steps, self.steps - self.decay_steps) if self.schedule == "warmup_stable_decay" else self.warmup_steps
+        share = max(0, step - begins) / max(1, self.steps - begins)
         match self.schedule:
             case "cosine":
-                return self.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
+                left = 0.5 * (1 + math.cos(math.pi * share))
             case "linear":
-                return self.learning_rate * (1 - share)
+                left = 1 - share
+            case "warmup_stable_decay":
+                left = 1 - math.sqrt(share)
             case _:
                 return self.learning_rate
+        return self.min_learning_rate + (self.learning_rate - self.min_learning_rate) * left
 
 
 @dataclass(slots=True)
@@ -144,13 +154,14 @@ class Loop:
         stop: StopRequest,
         consumed: Callable[[Sequence[str]], None] = lambda _: None,
         admitted: Callable[[Sequence[str]], object] = lambda _: None,
+        loggers: Loggers | None = None,
     ) -> None:
         self.student, self.objective, self.source = student, objective, source
         self.records, self.validation, self.settings = records, validation, settings
         self.directory, self.observer, self.stop, self.consumed, self.admitted = directory, observer, stop, consumed, admitted
         self.progress = Progress(micro_batch=settings.micro_batch)
         self._since_checkpoint: list[str] = []
-        self._tensorboard: Any = None
+        self.loggers = loggers or Loggers((), directory, observer)
 
     def run(self) -> Progress:
         """Trains to the end (or to early stopping) from the last checkpoint. Raises Interrupted, DivergedError, ResourceError, what `admitted` does."""
@@ -159,7 +170,7 @@ class Loop:
         try:
             self._train()
         finally:
-            self._close()
+            self.loggers.close()
         if self.settings.patience is not None and self.progress.best_step >= 0:
             self.student.load(self.directory / "best")
         return self.progress
@@ -273,10 +284,7 @@ class Loop:
             **more,
         }
         durable.append_lines(self._metrics, [json.dumps(line)], sync=False)
-        if self._tensorboard is not None:
-            for key in ("nats_per_token", "learning_rate", "gradient_norm"):
-                if key in line:
-                    self._tensorboard.add_scalar(f"{name}/{key}", line[key], self.progress.step)
+        self.loggers.log(self.progress.step, name, line)
 
     def _checkpoint(self) -> None:
         self.consumed(self._since_checkpoint)
@@ -301,13 +309,10 @@ class Loop:
         if found:
             self.student.load(found[-1])
             self.progress = _loaded(durable.read_json(found[-1] / "loop.json"))
+        logged = max((json.loads(line)["step"] for line in durable.read_lines(self._metrics)), default=0)
+        if self.progress.step < self.settings.steps and not self.progress.stopped_early:
+            self.loggers.open(logged)
         durable.keep_lines(self._metrics, lambda line: json.loads(line)["step"] <= self.progress.step)
-        self._tensorboard = _tensorboard_writer(self.directory / "tensorboard", self.progress.step)
-
-    def _close(self) -> None:
-        if self._tensorboard is not None:
-            with suppress(OSError):  # a disk that is full is reported by what filled it
-                self._tensorboard.close()
 
     def _diverged(self, found: str) -> DivergedError:
         return DivergedError(
@@ -342,12 +347,3 @@ def _saved(progress: Progress) -> dict[str, Any]:
 def _loaded(saved: dict[str, Any]) -> Progress:
     best_nats = math.inf if saved["best_nats"] is None else saved["best_nats"]
     return Progress(**{**saved, "best_nats": best_nats, "halvings": [Halving(**halving) for halving in saved["halvings"]]})
-
-
-def _tensorboard_writer(directory: Path, step: int) -> Any:
-    """A TensorBoard writer, or None where TensorBoard is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(directory), purge_step=step + 1)

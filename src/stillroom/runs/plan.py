@@ -17,6 +17,8 @@ class ModelFacts(Documented):
     kind: str
     architecture: str
     parameters: int
+    trainable: int | None = None
+    """How many of a student's parameters are learned."""
     bytes: int
     layers: int
     width: int

@@ -10,12 +10,13 @@ from typing import Literal
 
 import psutil
 import torch
-from transformers import PretrainedConfig, PreTrainedTokenizerFast
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from stillroom.core import durable
 from stillroom.core.errors import DataError, ResourceError, StoreError
 from stillroom.data import LoadedPrompts, Prompt, load_prompts
 from stillroom.entitlement.verdict import Verdict
+from stillroom.models.adapters import LoraSettings, add_lora
 from stillroom.models.arithmetic import require_compiler
 from stillroom.models.estimate import LabelOnlyWork, WorkEstimate, Workload, estimate, measure
 from stillroom.models.loading import (
@@ -35,6 +36,7 @@ from stillroom.objectives.divergences import DIVERGENCES
 from stillroom.objectives.matching import STATE_MATCHES
 from stillroom.objectives.objective import Objective, WeightedTerm
 from stillroom.runs.entitling import decide_recipe, entitled, sources_of, terms_of
+from stillroom.runs.loggers import chosen as loggers_chosen
 from stillroom.runs.plan import Estimate, Hardware, ModelFacts, Plan, PromptFacts, Signal, VocabularyFacts
 from stillroom.runs.recipe import ObjectiveSection, Recipe
 from stillroom.runs.report import Decision
@@ -60,6 +62,7 @@ class StudentPlan:
     config: PretrainedConfig
     shape: ModelShape
     parameters: int
+    trainable: int
     vocabulary: Vocabulary
     description: ModelDescription | None
 
@@ -120,6 +123,7 @@ def prepare(recipe: Recipe, *, out: Path | None = None, planned: Plan | None = N
     no_plan = recipe.terms.access != "weights" or recipe.intent.purpose == "evaluate"
     decided = entitled if gate or no_plan else decide_recipe
     verdict, sources = decided(recipe), sources_of(recipe)
+    loggers_chosen(recipe.logging)
     teacher = describe(recipe.teacher.model, recipe.teacher.revision)
     if planned is not None:
         _require_same_teacher(planned, teacher)
@@ -194,6 +198,7 @@ def _plan_student(recipe: Recipe, teacher: ModelDescription, tokenizer: PreTrain
             config=description.config,
             shape=description.shape,
             parameters=description.parameters,
+            trainable=_trainable(recipe, skeleton_of(description.config)) if section.lora is not None else description.parameters,
             vocabulary=vocabulary,
             description=description,
         )
@@ -217,7 +222,32 @@ def _plan_student(recipe: Recipe, teacher: ModelDescription, tokenizer: PreTrain
     skeleton = skeleton_of(config)
     found = shape_of(skeleton)
     vocabulary = vocabulary_of(tokenizer, found.rows, teacher.end_ids)
-    return StudentPlan(kind=kind, config=config, shape=found, parameters=count_parameters(skeleton), vocabulary=vocabulary, description=None)
+    parameters = count_parameters(skeleton)
+    return StudentPlan(
+        kind=kind,
+        config=config,
+        shape=found,
+        parameters=parameters,
+        trainable=_trainable(recipe, skeleton) if section.lora is not None else parameters,
+        vocabulary=vocabulary,
+        description=None,
+    )
+
+
+def lora_of(recipe: Recipe) -> LoraSettings | None:
+    """The recipe's adapters as the models room has them."""
+    section = recipe.student.lora
+    if section is None:
+        return None
+    targets = None if section.targets == "all-linear" else section.targets
+    return LoraSettings(rank=section.rank, alpha=section.alpha, targets=targets, head=section.head, seed=recipe.seed)
+
+
+def _trainable(recipe: Recipe, skeleton: PreTrainedModel) -> int:
+    """How many parameters adapters have; raises where they do not fit the model. The skeleton is used up."""
+    lora = lora_of(recipe)
+    assert lora is not None
+    return sum(parameter.numel() for parameter in add_lora(skeleton, lora).parameters() if parameter.requires_grad)
 
 
 class _Planner:
@@ -251,6 +281,7 @@ class _Planner:
         device, dtype = self._device(), self._dtype()
         if recipe.hardware.compile:
             require_compiler(torch.device(device))
+        self._adapters()
         hardware = self._hardware(device, dtype, signal)
         hardware, found = self._fitted(self._workload(facts, signal, hardware, steps), hardware)
         disk = self._disk_bytes(facts, signal)
@@ -385,6 +416,14 @@ class _Planner:
         epochs = training.epochs or _DEFAULT_EPOCHS
         return max(1, round(epochs * records / training.sequences_per_step)), epochs
 
+    def _adapters(self) -> None:
+        lora = self.recipe.student.lora
+        if lora is None:
+            return
+        learned = f"{self.student.trainable:,} parameters are learned beside {self.student.parameters:,} that stay as they are"
+        kept = "student/ has the adapter alone, and what is evaluated is the adapter merged into its base"
+        self._decided("student.lora", f"rank {lora.rank}", f"{learned}; {kept if lora.save == 'adapter' else 'student/ has both merged'}")
+
     # --- hardware ---------------------------------------------------------------------------------------------------------------------
 
     def _device(self) -> str:
@@ -478,6 +517,9 @@ class _Planner:
         return Workload(
             teacher=self._outline(self.teacher),
             student=self._outline(self.student),
+            trainable=self.student.trainable,
+            lora=lora_of(recipe),
+            optimiser_offload=training.optimiser_offload,
             mapped_bytes=0 if self.teacher.stored_dtype == _SAFETENSORS_NAMES.get(teacher_dtype) else self.teacher.weight_bytes,
             size=self.vocabulary.size,
             objective=self.objective,
@@ -526,12 +568,13 @@ class _Planner:
 
     def _student_facts(self) -> ModelFacts:
         if self.student.description is not None:
-            return _facts_of_description(self.student.description)
+            return _facts_of_description(self.student.description).model_copy(update={"trainable": self.student.trainable})
         return ModelFacts(
             source=self.student.kind,
             kind=self.student.kind,
             architecture=(self.student.config.architectures or [type(self.student.config).__name__.replace("Config", "ForCausalLM")])[0],
             parameters=self.student.parameters,
+            trainable=self.student.trainable,
             bytes=4 * self.student.parameters,
             layers=self.student.shape.layers,
             width=self.student.shape.width,
@@ -545,8 +588,8 @@ class _Planner:
         tokens = facts.count * facts.answer_tokens_assumed
         store = 0 if signal.live else tokens * signal.bytes_per_token
         sequences = facts.count * (facts.tokens_mean + facts.answer_tokens_assumed) * 4
-        # Two checkpoints while one replaces the other (weights and two moments), and the student itself.
-        weights = (2 * 12 + 4) * self.student.parameters
+        # Two checkpoints while one replaces the other (what is learned, with two moments), and the student itself, if only for its evaluation.
+        weights = 2 * 12 * self.student.trainable + 4 * self.student.parameters
         return int(store + sequences + weights * (2 if self.recipe.evaluation.label_only else 1) + 3000 * facts.count)
 
 

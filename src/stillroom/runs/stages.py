@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from stillroom.runs.planning import Prepared, prepare
 from stillroom.runs.recipe import Recipe
 from stillroom.runs.reporting import build_report
 from stillroom.runs.summaries import read
-from stillroom.runs.training import Trainer
+from stillroom.runs.training import Trainer, whole_student
 
 _COMMANDS = {"planned": "plan", "collected": "collect", "trained": "train", "evaluated": "evaluate", "reported": "report"}
 
@@ -118,7 +119,7 @@ class Stages:
     def _report(self) -> None:
         self.observer.stage("report", "writing report.json and report.html")
         report = build_report(self.run)
-        durable.write_bytes_atomic(self.run.student_path / "README.md", student_card(report).encode())
+        durable.write_bytes_atomic(self.run.student_path / "README.md", student_card(report, adapter=self.run.recipe.student.saves_adapter).encode())
         durable.write_json_atomic(self.run.report_path, report.model_dump(mode="json"))
         web.write(self.run.directory)
 
@@ -137,7 +138,9 @@ def compare(run: Run, *, prompt: str | None, file: Path | None) -> list[tuple[st
     ids = [prepared.renderer.prompt_ids(one) for one in asked]
     sampling = Sampling(max_new_tokens=run.recipe.generation.max_new_tokens)
     teacher = teacher_of(prepared)
-    student = LocalTeacher(load_model(describe(str(run.student_path)), prepared.dtype, prepared.device), teacher.ref, teacher.vocabulary)
+    with whole_student(run, prepared, run.directory / f".merged-{os.getpid()}") as directory:
+        model = load_model(describe(str(directory)), prepared.dtype, prepared.device)
+    student = LocalTeacher(model, teacher.ref, teacher.vocabulary)
     answers = ([prepared.renderer.answer_text(completion) for completion in model.generate(ids, sampling)] for model in (teacher, student))
     return [(one.content, *pair) for one, *pair in zip(asked, *answers, strict=True)]
 

@@ -21,6 +21,15 @@ class Halving(Documented):
     micro_batch: int
 
 
+class LoggerFailure(Documented):
+    """A logger that was switched off, so that the run could go on."""
+
+    logger: str
+    step: int
+    """The step whose values it was given; 0 where it could not begin."""
+    error: str
+
+
 class Training(Documented):
     """training.json: what the train stage did."""
 
@@ -32,11 +41,12 @@ class Training(Documented):
     records: int
     validation_records: int
     weights_sha256: str
-    """Of student/model.safetensors."""
+    """Of student/model.safetensors, or student/adapter_model.safetensors."""
     store_sha256: str
     label_only_steps: int | None
     """The step whose weights the baseline kept."""
     label_only_seconds: float | None
+    logger_failures: list[LoggerFailure] = Field(default_factory=list)
 
 
 class Evaluation(Documented):

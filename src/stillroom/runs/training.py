@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,8 +19,9 @@ from stillroom.core.interrupts import StopRequest
 from stillroom.core.seeds import derive_seed
 from stillroom.data import TransferSet, load_prompts
 from stillroom.ledger import Ledger, Trained
+from stillroom.models.adapters import WEIGHTS, add_lora, load_adapter, merged
 from stillroom.models.arithmetic import compile_body, recompute_layers
-from stillroom.models.export import export_student
+from stillroom.models.export import export_adapter, export_student
 from stillroom.models.loading import build_from_scratch, build_from_teacher, load_model
 from stillroom.models.local import LocalTeacher
 from stillroom.models.memory import release_memory
@@ -29,9 +33,10 @@ from stillroom.objectives.objective import Objective, WeightedTerm
 from stillroom.runs.collecting import request_of, store_identity
 from stillroom.runs.directory import Run
 from stillroom.runs.gates import Gates
+from stillroom.runs.loggers import Loggers, chosen
 from stillroom.runs.loop import BatchSource, Loop, LoopSettings, Progress
 from stillroom.runs.observer import Observer
-from stillroom.runs.planning import Prepared
+from stillroom.runs.planning import Prepared, lora_of
 from stillroom.runs.recipe import LabelOnlySection
 from stillroom.runs.sources import LiveSource, StoredSource, TextSource
 from stillroom.runs.summaries import Training
@@ -66,16 +71,19 @@ class Trainer:
             halvings=progress.halvings,
             records=len(records),
             validation_records=len(validation),
-            weights_sha256=sha256_file(self.run.student_path / "model.safetensors"),
+            weights_sha256=sha256_file(self.run.student_path / (WEIGHTS if self.run.recipe.student.saves_adapter else "model.safetensors")),
             store_sha256=store.sha256,
             label_only_steps=baseline.best_step if baseline else None,
             label_only_seconds=round(baseline.seconds, 3) if baseline else None,
+            logger_failures=[
+                failure for directory in (self.run.directory, self.run.label_only_path) for failure in self._loggers(directory, "").failures
+            ],
         )
         durable.write_json_atomic(self.run.trained_path, done.model_dump(mode="json"))
 
     def _train_student(self, store: TargetStore, records: Sequence[str], validation: Sequence[str]) -> Progress:
         student = self._student(matches=self.prepared.objective.state_matches)
-        self.observer.stage("train", f"{self.prepared.plan.student.parameters:,} parameters on {len(records):,} records, {self._steps:,} steps")
+        self.observer.stage("train", f"{self.prepared.student.trainable:,} parameters on {len(records):,} records, {self._steps:,} steps")
         progress = Loop(
             student,
             self.prepared.objective,
@@ -88,6 +96,7 @@ class Trainer:
             stop=self.stop,
             consumed=self._enter,
             admitted=lambda records: self.gates.admit(records, self.ledger),
+            loggers=self._loggers(self.run.directory, self.prepared.recipe.name),
         ).run()
         self._export(student.model, "student")
         return progress
@@ -102,9 +111,13 @@ class Trainer:
 
     def _student(self, matches: Sequence[StateMatch] = ()) -> TransformersStudent:
         training = self.prepared.recipe.training
-        settings = OptimiserSettings(weight_decay=training.weight_decay, betas=training.adam_betas, clip_norm=training.clip_norm)
+        settings = OptimiserSettings(
+            weight_decay=training.weight_decay, betas=training.adam_betas, clip_norm=training.clip_norm, offload=training.optimiser_offload
+        )
+        model = untrained_student(self.prepared, self.teacher)
+        lora = lora_of(self.prepared.recipe)
         return TransformersStudent(
-            self._engine(untrained_student(self.prepared, self.teacher)),
+            self._engine(model if lora is None else add_lora(model, lora)),
             self.prepared.student.vocabulary,
             settings,
             dtype=self.prepared.dtype,
@@ -138,7 +151,15 @@ class Trainer:
             checkpoint_every=training.checkpoint_every,
             seed=self._seed,
             length_window=training.length_window,
+            min_learning_rate=training.min_learning_rate,
+            decay_steps=max(1, round(training.decay_fraction * steps)),
         )
+
+    def _loggers(self, directory: Path, title: str) -> Loggers:
+        """Of the recipe they are told its identity and the loop's settings; paths and what is intended stay here."""
+        recipe = self.prepared.recipe
+        facts = {"recipe_sha256": recipe.sha256, "seed": recipe.seed, **recipe.training.model_dump(mode="json")}
+        return Loggers(chosen(recipe.logging), directory, self.observer, project=recipe.logging.project, title=title, facts=facts)
 
     def _source(self, store: TargetStore) -> BatchSource:
         signal, vocabulary = self.prepared.plan.signal, self.prepared.teacher_vocabulary
@@ -156,7 +177,14 @@ class Trainer:
 
     def _export(self, model: PreTrainedModel, name: str) -> None:
         directory = self.run.student_path if name == "student" else self.run.label_only_path / "student"
-        export_student(model, self.prepared.tokenizer, directory, _UNREPORTED, end_ids=self.prepared.teacher_vocabulary.end_ids)
+        tokenizer, end_ids = self.prepared.tokenizer, self.prepared.teacher_vocabulary.end_ids
+        if name == "student" and self.run.recipe.student.saves_adapter:
+            base = self.prepared.student.description
+            assert base is not None, "the recipe sees to that"
+            source = base.source if base.ref.kind == "hub" else str(base.directory)
+            export_adapter(model, tokenizer, directory, _UNREPORTED, base=source, revision=base.revision, end_ids=end_ids)
+        else:
+            export_student(model if self.prepared.recipe.student.lora is None else merged(model), tokenizer, directory, _UNREPORTED, end_ids=end_ids)
 
     # --- the baseline -----------------------------------------------------------------------------------------------------------------
 
@@ -182,7 +210,9 @@ class Trainer:
         )
         objective = Objective(terms=(WeightedTerm(divergence=cross_entropy()),))
         source = TextSource(sequences, self.prepared.teacher_vocabulary)
-        loop = Loop(student, objective, source, records, validation, settings, self.run.label_only_path, observer=self.observer, stop=self.stop)
+        directory = self.run.label_only_path
+        loggers = self._loggers(directory, f"{self.prepared.recipe.name} label-only")
+        loop = Loop(student, objective, source, records, validation, settings, directory, observer=self.observer, stop=self.stop, loggers=loggers)
         progress = loop.run()
         self._export(student.model, "label_only")
         return progress
@@ -208,6 +238,24 @@ class Trainer:
                 do="Give more labelled items.",
             )
         return sequences
+
+
+@contextmanager
+def whole_student(run: Run, prepared: Prepared, place: Path) -> Iterator[Path]:
+    """The directory of a student that can be run: student/, or where that has an adapter alone, `place`, which has it merged for as long as this lasts."""
+    if not run.recipe.student.saves_adapter:
+        yield run.student_path
+        return
+    lora = lora_of(run.recipe)
+    assert lora is not None
+    model = add_lora(_untrained_on_cpu(prepared, None), lora)
+    load_adapter(model, run.student_path)
+    try:
+        export_student(merged(model), prepared.tokenizer, place, _UNREPORTED, end_ids=prepared.teacher_vocabulary.end_ids)
+        del model
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def untrained_student(prepared: Prepared, teacher: LocalTeacher | None) -> PreTrainedModel:

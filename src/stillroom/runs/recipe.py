@@ -356,7 +356,9 @@ class HardwareSection(_Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the models' arithmetic; the optimiser's state is always float32."""
     threads: Positive | Literal["auto"] = "auto"
-    """CPU threads."""
+    """CPU threads, of each process."""
+    parallel: Literal["auto", "none", "replicate", "shard"] = "auto"
+    """How several processes that torchrun started train one student. replicate: each holds the whole of it; shard: each holds a part. auto: replicate."""
     price_per_hour: Annotated[float, Field(ge=0.0)] | None = None
     """What an hour of this machine costs; without it no money is reported."""
     currency: str = "USD"

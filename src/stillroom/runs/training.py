@@ -17,9 +17,10 @@ from stillroom.core.seeds import derive_seed
 from stillroom.data import TransferSet, load_prompts
 from stillroom.ledger import Ledger, Trained
 from stillroom.models.export import export_student
-from stillroom.models.loading import build_from_scratch, build_from_teacher, load_model
+from stillroom.models.loading import build_from_scratch, build_from_teacher, empty_model, load_model
 from stillroom.models.local import LocalTeacher
 from stillroom.models.memory import release_memory
+from stillroom.models.parallel import Processes, Sharding, mode_of, stored_by_parameter
 from stillroom.models.student import OptimiserSettings, TransformersStudent
 from stillroom.objectives.divergences import cross_entropy
 from stillroom.objectives.matching import StateMatch, new_projections
@@ -39,11 +40,23 @@ _UNREPORTED = "A student that is still being made by Stillroom; its report is no
 
 
 class Trainer:
-    """Runs the stage for one run. `teacher` is needed where targets are live or the student starts from its layers."""
+    """Runs the stage for one run. `teacher` is needed where targets are live or the student starts from its layers.
+
+    Of several `processes` each runs it; the first has the ledger, and writes.
+    """
 
     def __init__(
-        self, run: Run, prepared: Prepared, teacher: LocalTeacher | None, ledger: Ledger, gates: Gates, observer: Observer, stop: StopRequest
+        self,
+        run: Run,
+        prepared: Prepared,
+        teacher: LocalTeacher | None,
+        ledger: Ledger | None,
+        gates: Gates,
+        observer: Observer,
+        stop: StopRequest,
+        processes: Processes,
     ) -> None:
+        self.processes = processes
         self.run, self.prepared, self.teacher, self.ledger = run, prepared, teacher, ledger
         self.gates, self.observer, self.stop = gates, observer, stop
 
@@ -51,12 +64,15 @@ class Trainer:
         """Student, then baseline, then training.json. Every record that is used must be in the ledger, and its decision must hold: gate 3."""
         transfer_set = TransferSet.load(self.run.transfer_set_path)
         store = TargetStore.open(self.run.store_path, store_identity(self.prepared))
-        transfer_set.require_backed(self.ledger, store)
+        self.processes.first(lambda: transfer_set.require_backed(self._ledger, store))
         records, validation = split(transfer_set.ids, self.prepared.recipe.training.validation_fraction, derive_seed(self._seed, "validation"))
         progress = self._train_student(store, records, validation)
         release_memory()
         label_only = self.prepared.recipe.evaluation.label_only
         baseline = self._train_label_only(label_only) if label_only is not None else None
+        self.processes.first(lambda: self._record(progress, baseline, records, validation, store))
+
+    def _record(self, progress: Progress, baseline: Progress | None, records: Sequence[str], validation: Sequence[str], store: TargetStore) -> None:
         done = Training(
             steps=progress.step,
             scored_tokens=progress.scored_tokens,
@@ -85,10 +101,15 @@ class Trainer:
             observer=self.observer,
             stop=self.stop,
             consumed=self._enter,
-            admitted=lambda records: self.gates.admit(records, self.ledger),
+            admitted=lambda records: self.gates.admit(records, self._ledger),
         ).run()
-        self._export(student.model, "student")
+        self._export(student, "student")
         return progress
+
+    @property
+    def _ledger(self) -> Ledger:
+        assert self.ledger is not None, "only the first process has the ledger open"
+        return self.ledger
 
     @property
     def _seed(self) -> int:
@@ -101,8 +122,9 @@ class Trainer:
     def _student(self, matches: Sequence[StateMatch] = ()) -> TransformersStudent:
         training = self.prepared.recipe.training
         settings = OptimiserSettings(weight_decay=training.weight_decay, betas=training.adam_betas, clip_norm=training.clip_norm)
+        model, sharding = self._untrained()
         return TransformersStudent(
-            untrained_student(self.prepared, self.teacher),
+            model,
             self.prepared.student.vocabulary,
             settings,
             dtype=self.prepared.dtype,
@@ -110,7 +132,24 @@ class Trainer:
             projections=new_projections(
                 matches, student_width=self.prepared.student.shape.width, teacher_width=self.prepared.teacher.shape.width, seed=self._seed
             ),
+            processes=self.processes,
+            sharding=sharding,
         )
+
+    def _untrained(self) -> tuple[PreTrainedModel, Sharding | None]:
+        """The student before its first step, and how it is cut into parts; weights on disk are then read part by part."""
+        if mode_of(self.prepared.recipe.hardware.parallel, self.processes) != "shard":
+            return untrained_student(self.prepared, self.teacher), None
+        description = self.prepared.student.description
+        if description is None:
+            return untrained_on_cpu(self.prepared, self.teacher), Sharding(device=self.prepared.device)
+        empty = empty_model(description.config)
+        if stored_by_parameter(empty, description.weight_files):
+            return empty, Sharding(device=self.prepared.device, weights=description.directory)
+        self.observer.note(
+            f"{description.source} is not stored parameter by parameter: each process reads the whole student before it keeps its part"
+        )
+        return load_model(description), Sharding(device=self.prepared.device)
 
     def _settings(self, steps: int, records: int) -> LoopSettings:
         training = self.prepared.recipe.training
@@ -139,11 +178,17 @@ class Trainer:
 
     def _enter(self, records: Sequence[str]) -> None:
         """The records that finished steps consumed, each entered once."""
-        self.ledger.append(Trained(record_id=record) for record in dict.fromkeys(records))
+        self._ledger.append(Trained(record_id=record) for record in dict.fromkeys(records))
 
-    def _export(self, model: PreTrainedModel, name: str) -> None:
+    def _export(self, student: TransformersStudent, name: str) -> None:
         directory = self.run.student_path if name == "student" else self.run.label_only_path / "student"
-        export_student(model, self.prepared.tokenizer, directory, _UNREPORTED, end_ids=self.prepared.teacher_vocabulary.end_ids)
+        model, ends = student.whole_model(), self.prepared.teacher_vocabulary.end_ids
+
+        def export() -> None:
+            assert model is not None, "the first process has it"
+            export_student(model, self.prepared.tokenizer, directory, _UNREPORTED, end_ids=ends)
+
+        self.processes.first(export)
 
     # --- the baseline -----------------------------------------------------------------------------------------------------------------
 
@@ -171,7 +216,7 @@ class Trainer:
         source = TextSource(sequences, self.prepared.teacher_vocabulary)
         loop = Loop(student, objective, source, records, validation, settings, self.run.label_only_path, observer=self.observer, stop=self.stop)
         progress = loop.run()
-        self._export(student.model, "label_only")
+        self._export(student, "label_only")
         return progress
 
     def _labelled(self, section: LabelOnlySection) -> dict[str, TokenSequence]:
@@ -199,12 +244,13 @@ class Trainer:
 
 def untrained_student(prepared: Prepared, teacher: LocalTeacher | None) -> PreTrainedModel:
     """The student before its first step, float32: the same for the same recipe, and the same for student and baseline."""
-    model = _untrained_on_cpu(prepared, teacher)
+    model = untrained_on_cpu(prepared, teacher)
     torch.nn.Module.to(model, prepared.device)
     return model
 
 
-def _untrained_on_cpu(prepared: Prepared, teacher: LocalTeacher | None) -> PreTrainedModel:
+def untrained_on_cpu(prepared: Prepared, teacher: LocalTeacher | None) -> PreTrainedModel:
+    """The same in the memory of the processor."""
     section, plan = prepared.recipe.student, prepared.student
     if plan.description is not None:
         return load_model(plan.description)

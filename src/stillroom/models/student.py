@@ -104,7 +104,7 @@ class TransformersStudent:
     def forward_backward(self, batch: Batch, objective: Objective, divide_by: float) -> StepSums:
         """Adds the gradient of (sum over scored rows) / `divide_by`; returns undivided sums. A batch without scored rows adds nothing."""
         if batch.scored_tokens == 0:
-            return self._pass_nothing()
+            return self._pass_nothing(objective)
 
         def forward() -> tuple[torch.Tensor, torch.Tensor, StepSums]:
             with self._arithmetic():
@@ -130,7 +130,7 @@ class TransformersStudent:
     def score(self, batch: Batch, objective: Objective) -> StepSums:
         """The objective's sums on `batch` without any gradient: what the validation curve is drawn from."""
         if batch.scored_tokens == 0:
-            return self._pass_nothing()
+            return self._pass_nothing(objective)
 
         def forward() -> StepSums:
             with self._arithmetic():
@@ -148,18 +148,19 @@ class TransformersStudent:
 
         return self._whole(forward)
 
-    def _pass_nothing(self) -> StepSums:
+    def _pass_nothing(self, objective: Objective) -> StepSums:
         """No rows: nothing is computed, but where parts are exchanged the others must not wait for this process's."""
         if self._sharded is not None:
-            states_RD = self._whole(self._no_states)
+            states_RD = self._whole(partial(self._no_states, objective))
             if torch.is_grad_enabled():
                 states_RD.backward(torch.zeros_like(states_RD))
         return StepSums(objective_nats=0.0, terms_nats={}, scored_tokens=0)
 
-    def _no_states(self) -> torch.Tensor:
-        """Of a token whose row is not scored; what only scored rows would give a gradient gets one of zeros."""
+    def _no_states(self, objective: Objective) -> torch.Tensor:
+        """Of a token whose row is not scored; what only scored rows would give a gradient gets one of zeros: all must add up the same parameters."""
         if torch.is_grad_enabled():
-            for parameter in [*head_of(self.model).module.parameters(), *self._projections.parameters()]:
+            learned = [self._projections[match.name] for match in objective.state_matches if match.learned]
+            for parameter in [one for module in (head_of(self.model).module, *learned) for one in module.parameters()]:
                 if parameter.requires_grad and parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
         with self._arithmetic():

@@ -245,8 +245,11 @@ class Loop:
         try:
             return self._accumulate_in(ordered, self.progress.micro_batch), None
         except Exception as error:
-            if self.student.in_step and self.processes.size > 1:
-                raise self._out_of_step(error) from error
+            if self.student.in_step:
+                # The others wait for this process in the middle of a pass, and cannot be asked: the run ends.
+                if is_out_of_memory(error):
+                    raise self._half_next_time(ordered) from error
+                raise
             # Without the frames that it came through, which hold what did not fit.
             return StepSums(objective_nats=0.0), error.with_traceback(None) if is_out_of_memory(error) else error
 
@@ -285,13 +288,10 @@ class Loop:
             do="Shorten the prompts or answers, lower training.rows_per_chunk, or use a machine with more memory.",
         )
 
-    def _out_of_step(self, error: Exception) -> Exception:
-        """What to raise where the others wait in the middle of a pass for this process, and cannot be asked: the run ends.
-
-        Where memory ran out, it leaves word of it, and the same command goes on from the last checkpoint with half the micro-batch.
-        """
-        if not is_out_of_memory(error) or self.progress.micro_batch == 1:
-            return error
+    def _half_next_time(self, records: Sequence[str]) -> ResourceError:
+        """Leaves word, so that the same command goes on from the last checkpoint with half the micro-batch; the error that says so."""
+        if self.progress.micro_batch == 1:
+            return self._out_of_memory(records)
         half = self.progress.micro_batch // 2
         durable.write_json_atomic(self._halved, {"step": self.progress.step + 1, "micro_batch": half})
         return ResourceError(

@@ -7,6 +7,7 @@ Children are forked, as in crashing.py and for the same reasons. Those of one gr
 
 from __future__ import annotations
 
+import faulthandler
 import itertools
 import json
 import os
@@ -17,6 +18,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +49,8 @@ from stillroom.targets.kinds import TargetRequest
 from tiny_run import metrics_of, tiny_recipe
 
 MODES = ("replicate", "shard")
-# A group that has not ended by then hangs.
-PATIENCE_SECONDS = 60.0
-HUNG = -signal.SIGKILL
+# A group that has not ended by then hangs, on a machine with other work too; where, it says a little before.
+PATIENCE_SECONDS = 150.0
 
 
 # --- processes ----------------------------------------------------------------------------------------------------------------------------
@@ -77,6 +78,7 @@ def group(size: int, action: Callable[[], object]) -> list[tuple[int, str]]:
 
 def _end(action: Callable[[], object]) -> None:
     """As the command line does: an error is its text and its code, one that another process tells of is its code."""
+    faulthandler.dump_traceback_later(0.9 * PATIENCE_SECONDS)
     code = 1
     try:
         action()
@@ -198,7 +200,8 @@ def gradients(directory: Path) -> Iterator[dict[str, Any]]:
                 continue
             files = {mode: directory / f"{mode}.safetensors" for mode in ("none", *MODES)}
             for mode, file in files.items():
-                must(group(1 if mode == "none" else 2, lambda m=mode, f=file: one_gradient(m, family, name, step, f, autograd=autograd)))
+                action = partial(one_gradient, mode, family, name, step, file, autograd=autograd)
+                must(group(1 if mode == "none" else 2, action))
             expected = load_file(files["none"])
             for mode in MODES:
                 found = load_file(files[mode])

@@ -190,7 +190,7 @@ def test_where_one_process_fails_all_end_and_one_says_why(memory: Path) -> None:
             assert sorted(line["codes"]) == codes, line
             assert sum(words in text for text in line["texts"]) == 1, line
             assert sum(bool(text) for text in line["texts"]) == 1, line
-            assert line["seconds"] < 60, line
+            assert line["seconds"] < 100, line
             assert not line["differences"], line
         line = lines[f"memory, {mode}"]
         assert line["codes"] == [0, 0], line

@@ -17,7 +17,7 @@ from datetime import timedelta
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -185,7 +185,7 @@ def join() -> Processes:
     return Processes(rank, size, dist.new_group(backend="gloo", timeout=_LONG), store)
 
 
-def mode_of(asked: str, processes: Processes) -> str:
+def mode_of(asked: str, processes: Processes) -> Literal["none", "replicate", "shard"]:
     """none, replicate or shard: what `hardware.parallel` comes to with these processes. Raises ResourceError 'parallel-unavailable'."""
     if asked == "none" and processes.size > 1:
         raise _unavailable(

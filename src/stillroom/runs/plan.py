@@ -65,6 +65,8 @@ class Hardware(Documented):
     """Where it will run, and what was chosen for it."""
 
     device: str
+    teacher_device: str
+    """Of the first process; with an index, the others' teachers are on the devices after it."""
     dtype: str
     threads: int
     micro_batch: int

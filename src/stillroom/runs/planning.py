@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 from stillroom.core import durable
 from stillroom.core.errors import DataError, ResourceError, StoreError
+from stillroom.core.launch import launched
 from stillroom.data import LoadedPrompts, Prompt, load_prompts
 from stillroom.entitlement.verdict import Verdict
 from stillroom.models.estimate import LabelOnlyWork, WorkEstimate, Workload, estimate, measure
@@ -84,6 +85,12 @@ class Prepared:
     @property
     def device(self) -> torch.device:
         return torch.device(self.plan.hardware.device)
+
+    @property
+    def teacher_device(self) -> torch.device:
+        """Of this process's teacher."""
+        kind, _, index = self.plan.hardware.teacher_device.partition(":")
+        return torch.device(kind, _require_index(int(index) + launched().local_rank)) if index else torch.device(kind)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -363,8 +370,21 @@ class _Planner:
 
     # --- hardware ---------------------------------------------------------------------------------------------------------------------
 
+    def _teacher_device(self, device: str) -> str:
+        asked = self.recipe.hardware.teacher_device
+        if asked == "auto":
+            return device
+        kind, _, index = asked.partition(":")
+        self._require_device(kind, "hardware.teacher_device")
+        if index:
+            _require_index(int(index))
+        return asked
+
     def _device(self) -> str:
         asked = self.recipe.hardware.device
+        return self._require_device(asked, "hardware.device")
+
+    def _require_device(self, asked: str, key: str) -> str:
         there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
         if asked == "auto":
             return next(name for name in ("cuda", "mps", "cpu") if there[name])
@@ -373,7 +393,7 @@ class _Planner:
                 "device-unavailable",
                 found=f"no {asked} device that PyTorch {torch.__version__} can use",
                 expected=f"one of {', '.join(name for name in there if there[name])}",
-                do="Set hardware.device to one of these, or to auto.",
+                do=f"Set {key} to one of these, or to auto.",
             )
         return asked
 
@@ -389,6 +409,7 @@ class _Planner:
         asked = self.recipe.training.micro_batch
         return Hardware(
             device=device,
+            teacher_device=self._teacher_device(device),
             dtype=dtype,
             threads=threads if threads != "auto" else torch.get_num_threads(),
             micro_batch=min(asked, per_step) if asked != "auto" else min(per_step, _CPU_MICRO_BATCH) if device == "cpu" else per_step,
@@ -494,6 +515,18 @@ def _spread(values: Sequence[Prompt], most: int) -> list[Prompt]:
     if len(values) <= most:
         return list(values)
     return [values[index * len(values) // most] for index in range(most)]
+
+
+def _require_index(index: int) -> int:
+    """`index`, if there is a CUDA device of that number."""
+    if index >= torch.cuda.device_count():
+        raise ResourceError(
+            "device-unavailable",
+            found=f"no cuda:{index} among {torch.cuda.device_count()} CUDA devices",
+            expected="a device for the teacher of every process",
+            do="Start fewer processes, or set hardware.teacher_device to a device that is there.",
+        )
+    return index
 
 
 def _memory_available(device: str) -> int:

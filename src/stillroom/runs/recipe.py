@@ -353,6 +353,8 @@ class HardwareSection(_Section):
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where the models run."""
+    teacher_device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
+    """Where the teacher is, as PyTorch names it (`cpu`, `cuda:1`); auto: with the student. Of several processes the first takes `cuda:N`, the next N + 1."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the models' arithmetic; the optimiser's state is always float32."""
     threads: Positive | Literal["auto"] = "auto"

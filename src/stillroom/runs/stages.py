@@ -161,7 +161,7 @@ def _plan_of(run: Run) -> Plan | None:
 
 
 def teacher_of(prepared: Prepared) -> LocalTeacher:
-    """The teacher, loaded on the plan's device."""
+    """The teacher, loaded on the plan's device for it."""
     hardware = prepared.plan.hardware
-    model = load_model(prepared.teacher, prepared.dtype, prepared.device)
+    model = load_model(prepared.teacher, prepared.dtype, prepared.teacher_device)
     return LocalTeacher(model, prepared.teacher.ref, prepared.teacher_vocabulary, at_once=hardware.teacher_at_once)

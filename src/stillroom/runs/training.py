@@ -78,6 +78,8 @@ class Trainer:
             scored_tokens=progress.scored_tokens,
             seconds=round(progress.seconds, 3),
             halvings=progress.halvings,
+            processes=self.processes.size,
+            parallel=mode_of(self.prepared.recipe.hardware.parallel, self.processes),
             records=len(records),
             validation_records=len(validation),
             weights_sha256=sha256_file(self.run.student_path / "model.safetensors"),

@@ -164,7 +164,7 @@ def facts_of(directory: Path) -> dict[str, Any]:
     if (directory / "transfer_set.json").exists():
         facts |= _collected(directory)
     for part in (directory, directory / "label_only"):
-        if (directory / "training.json").exists():
+        if (directory / "training.json").exists() and (part / "metrics.jsonl").exists():
             facts[f"metrics of {part.name if part != directory else 'student'}"] = metrics_of(part)
             facts["training.json"] = _timeless(durable.read_json(directory / "training.json"))
     for path in sorted((directory / "evals").glob("*.json")):

@@ -301,15 +301,13 @@ def load_model(description: ModelDescription, dtype: torch.dtype = torch.float32
     model = _from_pretrained(description.directory, description.config, dtype=dtype)
     nn.Module.to(model, device)
     model.eval()
-    _prove_split(model, description.source)
+    prove_split(model, description.source)
     return model
 
 
 def _from_pretrained(directory: Path, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
     """`transformers` initialises what a checkpoint lacks at random and only warns; here that is an error."""
-    # Gemma 2 caps its attention logits, which PyTorch's fused attention cannot do.
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        options["attn_implementation"] = "eager"
+    options |= _attention(config)
     # from_pretrained may write into the config it is given.
     own = type(config).from_dict(config.to_dict())
     with torch.random.fork_rng(devices=[]):
@@ -341,6 +339,11 @@ def _from_pretrained(directory: Path, config: PretrainedConfig, **options: Any) 
         )
     assert isinstance(model, PreTrainedModel)
     return model
+
+
+def _attention(config: PretrainedConfig) -> dict[str, str]:
+    # Gemma 2 caps its attention logits, which PyTorch's fused attention cannot do.
+    return {} if getattr(config, "attn_logit_softcapping", None) is None else {"attn_implementation": "eager"}
 
 
 def _guarded(what: Path, action: Callable[[], T]) -> T:
@@ -383,9 +386,10 @@ def silence() -> Iterator[None]:
             os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = advisory
 
 
-@torch.inference_mode()
-def _prove_split(model: PreTrainedModel, source: str) -> None:
-    """A few tokens through the model, and through its body and then its head: the same logits, and finite ones."""
+# Not in inference mode: the parameters that a student in parts fetches here for the first time are those that it learns with.
+@torch.no_grad()
+def prove_split(model: PreTrainedModel, source: str) -> None:
+    """A few tokens through the model, and through its body and then its head: the same logits, and finite ones. Raises as `load_model`."""
     rows = head_of(model).weight_VD.shape[0]
     ids_BT = (torch.arange(_PROBE_IDS, device=model.device) % rows)[None]
     with silence():
@@ -450,6 +454,25 @@ def skeleton_of(config: PretrainedConfig) -> PreTrainedModel:
     """The model of a configuration on the meta device: shapes without memory, for `shape_of` and `count_parameters`."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def empty_model(config: PretrainedConfig) -> PreTrainedModel:
+    """The float32 model of a configuration: parameters on the meta device, which have shapes and no memory, and buffers as the model computes them."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        # Parameters that are tied must stay one: what is there already is not made again.
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    try:
+        nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.float32, **_attention(config))
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
     assert isinstance(model, PreTrainedModel)
     return model
 

@@ -164,9 +164,7 @@ def pack(model: PreTrainedModel, dtype: torch.dtype | None = None) -> str | None
     tokens, by a derivative that is exactly zero. A model that carries something from position to position by itself (a recurrence, a convolution) or has
     attention of its own making fails, and is left as it was. `dtype`: what its arithmetic is autocast to, where it is not the model's own.
     """
-    configs = {
-        id(config): config for config in (getattr(module, "config", None) for module in model.modules()) if isinstance(config, PretrainedConfig)
-    }
+    configs = {id(config): config for config in _configs(model)}
     before = {place: config._attn_implementation for place, config in configs.items()}
     own = {place: own_attention(config) or "eager" for place, config in configs.items()}
     if other := set(own.values()).difference(_OWN):
@@ -182,6 +180,12 @@ def pack(model: PreTrainedModel, dtype: torch.dtype | None = None) -> str | None
             for place, config in configs.items():
                 config._attn_implementation_internal = before[place]
     return why
+
+
+def pack_as_proved(model: PreTrainedModel) -> None:
+    """`pack` of a model that has no weights yet, after `why_not_packed` found no reason against it."""
+    for config in {id(config): config for config in _configs(model)}.values():
+        config._attn_implementation_internal = PACKED + (own_attention(config) or "eager")
 
 
 def require_packing(model: PreTrainedModel, whose: str, dtype: torch.dtype | None = None) -> None:
@@ -211,6 +215,11 @@ def cannot_pack(whose: str, why: str) -> ModelError:
         why="sequences would be seen by one another",
         do="Set training.packing to off.",
     )
+
+
+def _configs(model: PreTrainedModel) -> list[PretrainedConfig]:
+    found = (getattr(module, "config", None) for module in model.modules())
+    return [config for config in found if isinstance(config, PretrainedConfig)]
 
 
 def _difference(model: PreTrainedModel, dtype: torch.dtype) -> str | None:

@@ -140,11 +140,20 @@ def _ids(array: Array, device: torch.device) -> Tensor:
     return ids.clone() if ids.is_inference() else ids
 
 
+def _is_same(one: TeacherHead, other: TeacherHead) -> bool:
+    """Whether two are the same head: a live teacher, whose weights do not change, makes a new object of it for every batch."""
+    if one is other:
+        return True
+    ours, theirs = one.weight_VD, other.weight_VD
+    shared = isinstance(ours, Tensor) and isinstance(theirs, Tensor) and ours.data_ptr() == theirs.data_ptr() and ours.shape == theirs.shape
+    return shared and (one.scale, one.softcap) == (other.scale, other.softcap)
+
+
 def _head(head: TeacherHead, device: torch.device) -> TeacherHead:
     global _last_head
     if isinstance(head.weight_VD, Tensor) and head.weight_VD.device == device:
         return head
-    if _last_head is None or _last_head[0] is not head or _last_head[1] != device:
+    if _last_head is None or _last_head[1] != device or not _is_same(_last_head[0], head):
         bias_V = None if head.bias_V is None else as_tensor(head.bias_V, device)
         _last_head = (head, device, replace(head, weight_VD=as_tensor(head.weight_VD, device), bias_V=bias_V))
     return _last_head[2]

@@ -72,6 +72,8 @@ class Hardware(Documented):
     """Where it will run, and what was chosen for it."""
 
     device: str
+    teacher_device: str
+    """Of the first process; with an index, the others' teachers are on the devices after it."""
     dtype: str
     teacher_dtype: Literal["float32", "bfloat16", "int8"]
     """What the teacher computes in."""

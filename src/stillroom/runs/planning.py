@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from stillroom.core import durable
 from stillroom.core.errors import DataError, ResourceError, StoreError
+from stillroom.core.launch import launched
 from stillroom.data import LoadedPrompts, Prompt, load_prompts
 from stillroom.entitlement.verdict import Verdict
 from stillroom.models.adapters import LoraSettings, add_lora
@@ -91,6 +92,12 @@ class Prepared:
     @property
     def device(self) -> torch.device:
         return torch.device(self.plan.hardware.device)
+
+    @property
+    def teacher_device(self) -> torch.device:
+        """Of this process's teacher."""
+        kind, _, index = self.plan.hardware.teacher_device.partition(":")
+        return torch.device(kind, _require_index(int(index) + launched().local_rank)) if index else torch.device(kind)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -426,8 +433,21 @@ class _Planner:
 
     # --- hardware ---------------------------------------------------------------------------------------------------------------------
 
+    def _teacher_device(self, device: str) -> str:
+        asked = self.recipe.hardware.teacher_device
+        if asked == "auto":
+            return device
+        kind, _, index = asked.partition(":")
+        self._require_device(kind, "hardware.teacher_device")
+        if index:
+            _require_index(int(index))
+        return asked
+
     def _device(self) -> str:
         asked = self.recipe.hardware.device
+        return self._require_device(asked, "hardware.device")
+
+    def _require_device(self, asked: str, key: str) -> str:
         there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
         if asked == "auto":
             return next(name for name in ("cuda", "mps", "cpu") if there[name])
@@ -436,7 +456,7 @@ class _Planner:
                 "device-unavailable",
                 found=f"no {asked} device that PyTorch {torch.__version__} can use",
                 expected=f"one of {', '.join(name for name in there if there[name])}",
-                do="Set hardware.device to one of these, or to auto.",
+                do=f"Set {key} to one of these, or to auto.",
             )
         return asked
 
@@ -482,6 +502,7 @@ class _Planner:
         teacher_dtype = self._teacher_dtype(dtype)
         return Hardware(
             device=device,
+            teacher_device=self._teacher_device(device),
             dtype=dtype,
             teacher_dtype=teacher_dtype,
             packing=self._packing(device, dtype, teacher_dtype, signal),
@@ -603,6 +624,18 @@ def _spread(values: Sequence[Prompt], most: int) -> list[Prompt]:
 def _drawn_bytes(draws: int) -> int:
     """Of a row of drawn targets, everything counted: what benchmarks/results/*-store.json has for 25, 50 and 100 draws, in round numbers."""
     return math.ceil(20.0 * math.pow(draws / 50, 0.75))
+
+
+def _require_index(index: int) -> int:
+    """`index`, if there is a CUDA device of that number."""
+    if index >= torch.cuda.device_count():
+        raise ResourceError(
+            "device-unavailable",
+            found=f"no cuda:{index} among {torch.cuda.device_count()} CUDA devices",
+            expected="a device for the teacher of every process",
+            do="Start fewer processes, or set hardware.teacher_device to a device that is there.",
+        )
+    return index
 
 
 def _memory_available(device: str) -> int:

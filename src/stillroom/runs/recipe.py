@@ -417,10 +417,14 @@ class HardwareSection(_Section):
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where the models run."""
+    teacher_device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
+    """Where the teacher is, as PyTorch names it (`cpu`, `cuda:1`); auto: with the student. Of several processes the first takes `cuda:N`, the next N + 1."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the models' arithmetic; the optimiser's state is always float32."""
     threads: Positive | Literal["auto"] = "auto"
-    """CPU threads."""
+    """CPU threads, of each process."""
+    parallel: Literal["auto", "none", "replicate", "shard"] = "auto"
+    """How several processes that torchrun started train one student. replicate: each holds the whole of it; shard: each holds a part. auto: replicate."""
     compile: bool = False
     """Have torch.compile make kernels of both models' bodies when they are first called; numbers move by rounding."""
     price_per_hour: Annotated[float, Field(ge=0.0)] | None = None

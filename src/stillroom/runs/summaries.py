@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -38,6 +38,10 @@ class Training(Documented):
     """Repeats counted."""
     seconds: float
     halvings: list[Halving] = Field(default_factory=list)
+    processes: int = 1
+    """How many took part in the last part of it."""
+    parallel: Literal["none", "replicate", "shard"] = "none"
+    """How they shared the student."""
     records: int
     validation_records: int
     weights_sha256: str

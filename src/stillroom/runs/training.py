@@ -22,10 +22,11 @@ from stillroom.ledger import Ledger, Trained
 from stillroom.models.adapters import WEIGHTS, add_lora, load_adapter, merged
 from stillroom.models.arithmetic import compile_body, recompute_layers
 from stillroom.models.export import export_adapter, export_student
-from stillroom.models.loading import build_from_scratch, build_from_teacher, load_model
+from stillroom.models.loading import build_from_scratch, build_from_teacher, empty_model, load_model
 from stillroom.models.local import LocalTeacher
 from stillroom.models.memory import release_memory
-from stillroom.models.packing import require_packing
+from stillroom.models.packing import pack_as_proved, require_packing
+from stillroom.models.parallel import Processes, Sharding, mode_of, stored_by_parameter
 from stillroom.models.student import OptimiserSettings, TransformersStudent
 from stillroom.objectives.divergences import cross_entropy
 from stillroom.objectives.matching import StateMatch, new_projections
@@ -46,11 +47,23 @@ _UNREPORTED = "A student that is still being made by Stillroom; its report is no
 
 
 class Trainer:
-    """Runs the stage for one run. `teacher` is needed where targets are live or the student starts from its layers."""
+    """Runs the stage for one run. `teacher` is needed where targets are live or the student starts from its layers.
+
+    Of several `processes` each runs it; the first has the ledger, and writes.
+    """
 
     def __init__(
-        self, run: Run, prepared: Prepared, teacher: LocalTeacher | None, ledger: Ledger, gates: Gates, observer: Observer, stop: StopRequest
+        self,
+        run: Run,
+        prepared: Prepared,
+        teacher: LocalTeacher | None,
+        ledger: Ledger | None,
+        gates: Gates,
+        observer: Observer,
+        stop: StopRequest,
+        processes: Processes,
     ) -> None:
+        self.processes = processes
         self.run, self.prepared, self.teacher, self.ledger = run, prepared, teacher, ledger
         self.gates, self.observer, self.stop = gates, observer, stop
 
@@ -58,17 +71,22 @@ class Trainer:
         """Student, then baseline, then training.json. Every record that is used must be in the ledger, and its decision must hold: gate 3."""
         transfer_set = TransferSet.load(self.run.transfer_set_path)
         store = TargetStore.open(self.run.store_path, store_identity(self.prepared))
-        transfer_set.require_backed(self.ledger, store)
+        self.processes.first(lambda: transfer_set.require_backed(self._ledger, store))
         records, validation = split(transfer_set.ids, self.prepared.recipe.training.validation_fraction, derive_seed(self._seed, "validation"))
         progress = self._train_student(store, records, validation)
         release_memory()
         label_only = self.prepared.recipe.evaluation.label_only
         baseline = self._train_label_only(label_only) if label_only is not None else None
+        self.processes.first(lambda: self._record(progress, baseline, records, validation, store))
+
+    def _record(self, progress: Progress, baseline: Progress | None, records: Sequence[str], validation: Sequence[str], store: TargetStore) -> None:
         done = Training(
             steps=progress.step,
             scored_tokens=progress.scored_tokens,
             seconds=round(progress.seconds, 3),
             halvings=progress.halvings,
+            processes=self.processes.size,
+            parallel=mode_of(self.prepared.recipe.hardware.parallel, self.processes),
             records=len(records),
             validation_records=len(validation),
             weights_sha256=sha256_file(self.run.student_path / (WEIGHTS if self.run.recipe.student.saves_adapter else "model.safetensors")),
@@ -95,11 +113,16 @@ class Trainer:
             observer=self.observer,
             stop=self.stop,
             consumed=self._enter,
-            admitted=lambda records: self.gates.admit(records, self.ledger),
+            admitted=lambda records: self.gates.admit(records, self._ledger),
             loggers=self._loggers(self.run.directory, self.prepared.recipe.name),
         ).run()
-        self._export(student.model, "student")
+        self._export(student, "student")
         return progress
+
+    @property
+    def _ledger(self) -> Ledger:
+        assert self.ledger is not None, "only the first process has the ledger open"
+        return self.ledger
 
     @property
     def _seed(self) -> int:
@@ -114,7 +137,7 @@ class Trainer:
         settings = OptimiserSettings(
             weight_decay=training.weight_decay, betas=training.adam_betas, clip_norm=training.clip_norm, offload=training.optimiser_offload
         )
-        model = untrained_student(self.prepared, self.teacher)
+        model, sharding = self._untrained()
         lora = lora_of(self.prepared.recipe)
         return TransformersStudent(
             self._engine(model if lora is None else add_lora(model, lora)),
@@ -125,18 +148,38 @@ class Trainer:
             projections=new_projections(
                 matches, student_width=self.prepared.student.shape.width, teacher_width=self.prepared.teacher.shape.width, seed=self._seed
             ),
+            processes=self.processes,
+            sharding=sharding,
         )
 
     def _engine(self, model: PreTrainedModel) -> PreTrainedModel:
         """The same model, going through its passes as recipe and plan say."""
         model.float().eval()
         if "student" in self.prepared.plan.hardware.packing:
-            require_packing(model, "student", self.prepared.dtype)
+            if model.device.type == "meta":  # its parts are read later; the plan proved it on a copy
+                pack_as_proved(model)
+            else:
+                require_packing(model, "student", self.prepared.dtype)
         if self.prepared.recipe.training.gradient_checkpointing:
             recompute_layers(model)
         if self.prepared.recipe.hardware.compile:
             compile_body(model)
         return model
+
+    def _untrained(self) -> tuple[PreTrainedModel, Sharding | None]:
+        """The student before its first step, and how it is cut into parts; weights on disk are then read part by part."""
+        if mode_of(self.prepared.recipe.hardware.parallel, self.processes) != "shard":
+            return untrained_student(self.prepared, self.teacher), None
+        description = self.prepared.student.description
+        if description is None:
+            return untrained_on_cpu(self.prepared, self.teacher), Sharding(device=self.prepared.device)
+        empty = empty_model(description.config)
+        if stored_by_parameter(empty, description.weight_files):
+            return empty, Sharding(device=self.prepared.device, weights=description.directory)
+        self.observer.note(
+            f"{description.source} is not stored parameter by parameter: each process reads the whole student before it keeps its part"
+        )
+        return load_model(description), Sharding(device=self.prepared.device)
 
     def _settings(self, steps: int, records: int) -> LoopSettings:
         training = self.prepared.recipe.training
@@ -173,18 +216,24 @@ class Trainer:
 
     def _enter(self, records: Sequence[str]) -> None:
         """The records that finished steps consumed, each entered once."""
-        self.ledger.append(Trained(record_id=record) for record in dict.fromkeys(records))
+        self._ledger.append(Trained(record_id=record) for record in dict.fromkeys(records))
 
-    def _export(self, model: PreTrainedModel, name: str) -> None:
+    def _export(self, student: TransformersStudent, name: str) -> None:
         directory = self.run.student_path if name == "student" else self.run.label_only_path / "student"
-        tokenizer, end_ids = self.prepared.tokenizer, self.prepared.teacher_vocabulary.end_ids
-        if name == "student" and self.run.recipe.student.saves_adapter:
+        tokenizer, end_ids, model = self.prepared.tokenizer, self.prepared.teacher_vocabulary.end_ids, student.whole_model()
+
+        def export() -> None:
+            assert model is not None, "the first process has it"
+            if name != "student" or not self.run.recipe.student.saves_adapter:
+                whole = model if self.prepared.recipe.student.lora is None else merged(model)
+                export_student(whole, tokenizer, directory, _UNREPORTED, end_ids=end_ids)
+                return
             base = self.prepared.student.description
             assert base is not None, "the recipe sees to that"
             source = base.source if base.ref.kind == "hub" else str(base.directory)
             export_adapter(model, tokenizer, directory, _UNREPORTED, base=source, revision=base.revision, end_ids=end_ids)
-        else:
-            export_student(model if self.prepared.recipe.student.lora is None else merged(model), tokenizer, directory, _UNREPORTED, end_ids=end_ids)
+
+        self.processes.first(export)
 
     # --- the baseline -----------------------------------------------------------------------------------------------------------------
 
@@ -214,7 +263,7 @@ class Trainer:
         loggers = self._loggers(directory, f"{self.prepared.recipe.name} label-only")
         loop = Loop(student, objective, source, records, validation, settings, directory, observer=self.observer, stop=self.stop, loggers=loggers)
         progress = loop.run()
-        self._export(student.model, "label_only")
+        self._export(student, "label_only")
         return progress
 
     def _labelled(self, section: LabelOnlySection) -> dict[str, TokenSequence]:
@@ -248,7 +297,7 @@ def whole_student(run: Run, prepared: Prepared, place: Path) -> Iterator[Path]:
         return
     lora = lora_of(run.recipe)
     assert lora is not None
-    model = add_lora(_untrained_on_cpu(prepared, None), lora)
+    model = add_lora(untrained_on_cpu(prepared, None), lora)
     load_adapter(model, run.student_path)
     try:
         export_student(merged(model), prepared.tokenizer, place, _UNREPORTED, end_ids=prepared.teacher_vocabulary.end_ids)
@@ -260,12 +309,13 @@ def whole_student(run: Run, prepared: Prepared, place: Path) -> Iterator[Path]:
 
 def untrained_student(prepared: Prepared, teacher: LocalTeacher | None) -> PreTrainedModel:
     """The student before its first step, float32: the same for the same recipe, and the same for student and baseline."""
-    model = _untrained_on_cpu(prepared, teacher)
+    model = untrained_on_cpu(prepared, teacher)
     torch.nn.Module.to(model, prepared.device)
     return model
 
 
-def _untrained_on_cpu(prepared: Prepared, teacher: LocalTeacher | None) -> PreTrainedModel:
+def untrained_on_cpu(prepared: Prepared, teacher: LocalTeacher | None) -> PreTrainedModel:
+    """The same in the memory of the processor."""
     section, plan = prepared.recipe.student, prepared.student
     if plan.description is not None:
         return load_model(plan.description)

@@ -51,6 +51,8 @@ _RECORD_BYTES, _TOKEN_BYTES = 1_500, 36  # a record and each of its tokens, whil
 # live bytes at the peaks of stages, by VmHWM and LiveBytes: learning 1.7 (demo), 1.6 (wide), 1.5 (live), 1.4 (deep); reading and writing 1.1 to 2.1, the
 # same batch in a fresh process or after others; 1.0 with every block mapped, which is 40 % slower.
 _HEAP_BLOCK_BYTES, _GAPS = 2**25, 1.7
+# Of a batch that writes: 1.3 (live) and 1.8 (demo) at the peak of collecting, which is that of a whole run where training pads nothing.
+_WRITING_GAPS = 1.55
 
 # As in runs.collecting: prompts that are answered and stored together.
 _PART = 512
@@ -511,7 +513,7 @@ class _Bytes:
         reading = batch * self.longest_prompt * (model.cache_bytes + model.working_bytes)
         logits = batch * work.size * (4 * 5 if temperature > 0 else element)
         writing = cached * model.cache_bytes + max(2 * cached * model.layer_bytes, logits)
-        return self._resident(max(reading, writing), batch * self.longest_prompt * model.layer_bytes / 2)
+        return self._resident(max(reading, writing), batch * self.longest_prompt * model.layer_bytes / 2, _WRITING_GAPS)
 
     def _reading(self, model: ReadingCosts, outline: Outline, sequences: float, whose: str) -> float:
         """A layer at work on whole sequences, without a cache."""
@@ -526,9 +528,9 @@ class _Bytes:
         """The store's files: verified byte by byte when it is opened, so all of them are in memory."""
         return self.rows_stored * self.work.row_bytes
 
-    def _resident(self, live: float, block: float) -> float:
+    def _resident(self, live: float, block: float, gaps: float = _GAPS) -> float:
         """What live tensors take of the process when they are made of blocks of such a size."""
-        return live * _GAPS if self.on_cpu and block <= _HEAP_BLOCK_BYTES else live
+        return live * gaps if self.on_cpu and block <= _HEAP_BLOCK_BYTES else live
 
     def _process(self, tensors: float, others: float) -> float:
         return tensors + others + self.prompt_bytes + _BASE_BYTES if self.on_cpu else tensors

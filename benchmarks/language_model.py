@@ -63,7 +63,7 @@ def text_here(size: int, share: float) -> Text:
     for package, name, path in _files():
         packages[package].append((hashlib.sha256(name.encode()).hexdigest(), path))
     chosen, seen = [], set()
-    for package, files in packages.items():
+    for package, files in sorted(packages.items()):
         left = size * share
         for digest, path in sorted(files):
             text = path.read_bytes().decode(errors="replace")

@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -51,9 +51,9 @@ from stillroom.objectives.divergences import forward_kl
 from stillroom.objectives.objective import Objective, WeightedTerm
 from stillroom.objectives.tensors import as_arrays
 from stillroom.targets.codecs import DrawnCodec
-from stillroom.targets.kinds import DrawnTargets, TargetRequest, TextTargets
+from stillroom.targets.kinds import DrawnTargets, TargetRequest, Targets, TextTargets
 from stillroom.targets.protocols import Batch
-from stillroom.targets.rows import slice_targets
+from stillroom.targets.rows import row_count, slice_targets
 from stillroom.targets.store import StoredRecord, StoreIdentity, TargetStore
 from stillroom.targets.vocabulary import Vocabulary
 
@@ -136,19 +136,25 @@ def _facts_of(text: Text) -> dict[str, Any]:
 
 
 def ask(model: NGrams, held_out_T: NDArray[numpy.int64], records: int, length: int, draws: int) -> tuple[Asked, dict[str, Any]]:
-    """The first records of the text, each without the text before it; and how sure the model is of them."""
+    """Records from all over the text, each without the text before it; and how sure the model is of them."""
     if len(held_out_T) < records * length:
         raise SystemExit(f"{len(held_out_T)} tokens of text are held out, {records * length} are asked for: more --text-megabytes or fewer --records")
     draw = numpy.random.default_rng(0)
     sequences, ids, entropies, nats = [], [], [], 0.0
-    for tokens_T in held_out_T[: records * length].reshape(records, length):
+    for start in numpy.arange(records) * (len(held_out_T) - length) // max(records - 1, 1):
+        tokens_T = held_out_T[start : start + length]
         sequences.append(TokenSequence(ids=tuple(tokens_T.tolist()), answer_spans=((1, length),)))
         for row, token in zip(model.rows(tokens_T[:-1]), tokens_T[1:].tolist(), strict=True):
             ids.append(model.draws_N(row, draw.random(draws)).astype(numpy.int32))
             entropies.append(model.entropy(row))
             nats -= math.log(model.probability(row, token))
     asked = Asked(sequences=sequences, ids_RN=numpy.stack(ids), entropy_R=numpy.array(entropies, dtype=numpy.float32))
-    return asked, {"asked_rows": len(ids), "perplexity": math.exp(nats / len(ids)), "mean_entropy_nats": float(numpy.mean(entropies))}
+    return asked, {
+        "asked_rows": len(ids),
+        "perplexity": math.exp(nats / len(ids)),
+        "perplexity_asked_for": [5, 60],
+        "mean_entropy_nats": float(numpy.mean(entropies)),
+    }
 
 
 def logits_of(model: NGrams, sequences: Sequence[TokenSequence]) -> torch.Tensor:
@@ -274,10 +280,12 @@ class _Logits(nn.Module):
     def __init__(self, logits_RV: torch.Tensor) -> None:
         super().__init__()
         self.seconds, self.weight = 0.0, logits_RV
+        # Always the same memory: to give back what a head has asked for takes time, which is in the forward pass already.
+        self._room_RV = torch.empty_like(logits_RV[: max(1, DRAWN_AT_ONCE // logits_RV.shape[1])])
 
     def forward(self, states_RD: torch.Tensor) -> torch.Tensor:
         began = time.perf_counter()
-        logits_RV = self.weight.index_select(0, states_RD[:, 0].long())
+        logits_RV = torch.index_select(self.weight, 0, states_RD[:, 0].long(), out=self._room_RV[: len(states_RD)])
         self.seconds += time.perf_counter() - began
         return logits_RV
 
@@ -346,24 +354,26 @@ def _write_seconds(learned: TargetStore, records: Iterator[StoredRecord], copied
 
 
 def reading(store: TargetStore, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Rows a second read in batches of one step's records, and of eight steps', and what a step consumes."""
+    """Rows a second read in batches of one step's records, ahead and each when it is asked for, and what a step consumes."""
     ids = numpy.array(store.record_ids)
     numpy.random.default_rng(0).shuffle(ids)
     student, batch = training_step(store, arguments)
     objective = Objective(terms=(WeightedTerm(divergence=forward_kl()),))
-    rates: dict[str, list[float]] = {"read": [], "read_eightfold": [], "consumed": []}
+    batches = [ids[start : start + arguments.step_records].tolist() for start in range(0, len(ids), arguments.step_records)]
+    rates: dict[str, list[float]] = {"read": [], "read_alone": [], "consumed": []}
     for turn in range(arguments.repeats + 1):
         began = time.perf_counter()
         student.forward_backward(batch, objective, divide_by=batch.scored_tokens)
         student.optim_step(1e-3)
         took = {"consumed": batch.scored_tokens / (time.perf_counter() - began)}
-        for name, records in (("read", arguments.step_records), ("read_eightfold", 8 * arguments.step_records)):
-            took[name] = _rows_per_second(store, [ids[start : start + records].tolist() for start in range(0, len(ids), records)])
+        took["read"] = _rows_per_second(store.batches(batches))
+        took["read_alone"] = _rows_per_second(map(store.read, batches))
         for name, rate in took.items() if turn else ():
             rates[name].append(rate)
     medians = {name: statistics.median(some) for name, some in rates.items()}
     return {
         "rows_per_batch": batch.scored_tokens,
+        "read_is": "TargetStore.batches, records in random order; read_alone: TargetStore.read of one batch after the other",
         "student_parameters": count_parameters(student.model),
         "step_is": f"forward and backward of forward KL to drawn targets over {STUDENT_IDS} ids, clipping and AdamW, float32",
         "rows_per_second": rates,
@@ -372,12 +382,10 @@ def reading(store: TargetStore, arguments: argparse.Namespace) -> dict[str, Any]
     }
 
 
-def _rows_per_second(store: TargetStore, batches: list[list[str]]) -> float:
+def _rows_per_second(stream: Iterable[tuple[list[TokenSequence], Targets]]) -> float:
     gc.collect()
-    began, rows = time.perf_counter(), 0
-    for _, targets in store.batches(batches):
-        assert isinstance(targets, DrawnTargets)
-        rows += len(targets.entropy_R)
+    began = time.perf_counter()
+    rows = sum(row_count(targets) for _, targets in stream)
     return rows / (time.perf_counter() - began)
 
 

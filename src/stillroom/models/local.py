@@ -200,8 +200,10 @@ def head_draws(
         logits_RV = head_of(model)(chunk_RD.to(model.dtype))[:, :size].float()
         for some_RV in logits_RV.split(few):
             rows = slice(start, start := start + len(some_RV))
-            ids[rows], entropy_R[rows] = _draw(some_RV.div_(temperature), weights_RV[: len(some_RV)], places_RN[rows])
-        del logits_RV, some_RV  # or they would live beside the next ones
+            # At 1 it changes nothing, and takes a tenth of the time of all the rest.
+            scaled_RV = some_RV if temperature == 1.0 else some_RV.div_(temperature)
+            ids[rows], entropy_R[rows] = _draw(scaled_RV, weights_RV[: len(some_RV)], places_RN[rows])
+        del logits_RV, some_RV, scaled_RV  # or they would live beside the next ones
     return ids, entropy_R
 
 

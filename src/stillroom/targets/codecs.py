@@ -33,6 +33,8 @@ STATE_DTYPES = ("bfloat16", "float32", "int8")
 # How far a state may be from the one that is read back, as a share of itself, or for int8 of its row's scale (half a step, and a division's rounding).
 BFLOAT16_ERROR = 2.0**-8
 INT8_ERROR = 0.5 + 2.0**-16
+# Below 2^-126 bfloat16 has steps of equal size.
+SMALLEST_BFLOAT16 = 2.0**-133
 SMALLEST_SCALE = 2.0**-100
 # Of 16 significant bits, the largest of which 127 are still a float32.
 LARGEST_SCALE = (2.0**128 // 127 // 2.0**106 - 1) * 2.0**106
@@ -123,6 +125,7 @@ class HiddenCodec:
     What that makes of the distribution: where each state of a row is off by at most e_d, the logit of id v is off by at most
     scale of the head x sum_d e_d |w_vd| / temperature (a soft-cap only lessens it); with e the largest of these over v, log-probabilities are off
     by at most 2 e, and KL(original || decoded) is at most e^2 / 2 (Hoeffding's lemma: the differences of the logits lie within 2 e of one another).
+    docs/reference/target-store.md states by how much the value and the gradient of each divergence can change, and why.
     """
 
     width: int
@@ -347,17 +350,23 @@ def _worst(parts: Sequence[CodecError]) -> CodecError:
 
 def logit_bound_R(codec: HiddenCodec, targets: HiddenTargets) -> NDArray[numpy.float64]:
     """For each row, by how much a logit over the temperature can be off at most once the states have been through the codec (see HiddenCodec)."""
-    states_RD = _widened(targets.states_RD)
-    if codec.state_dtype == "bfloat16":
-        error_RD = BFLOAT16_ERROR * numpy.abs(states_RD)
-    elif codec.state_dtype == "int8":
-        error_RD = numpy.broadcast_to(INT8_ERROR * to_int8(states_RD)[1].astype(numpy.float64)[:, None], states_RD.shape)
-    else:
-        error_RD = numpy.zeros_like(states_RD)
-    weight_VD = targets.head.weight_VD
+    error_RD, weight_VD = state_bound_RD(codec, _widened(targets.states_RD)), targets.head.weight_VD
     bounds = [(error_RD @ numpy.abs(_widened(weight_VD[ids])).T).max(axis=1) for ids in _pieces(weight_VD)]
     bound_R: NDArray[numpy.float64] = numpy.maximum.reduce(bounds)
     return bound_R * abs(targets.head.scale) / targets.temperature
+
+
+def state_bound_RD(codec: HiddenCodec, states_RD: Array) -> NDArray[numpy.float64]:
+    """By how much each of these float32 states can be off at most once it has been through the codec."""
+    match codec.state_dtype:
+        case "bfloat16":
+            sizes_RD: NDArray[numpy.float64] = numpy.abs(numpy.asarray(states_RD, dtype=numpy.float64))
+            return numpy.maximum(BFLOAT16_ERROR * sizes_RD, SMALLEST_BFLOAT16 / 2)
+        case "int8":
+            scales_R = to_int8(states_RD)[1].astype(numpy.float64)
+            return numpy.tile(INT8_ERROR * scales_R[:, None], (1, states_RD.shape[1]))
+        case _:
+            return numpy.zeros(states_RD.shape)
 
 
 def _entropy_error(targets: Targets, original_RV: NDArray[numpy.float64]) -> CodecError:

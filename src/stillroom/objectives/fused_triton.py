@@ -4,8 +4,8 @@ Shapes: R scored rows, V vocabulary size, K kept ids, U listed ids of all rows t
 
 Each head is applied once, a chunk of rows at a time, into a buffer that the next chunk uses again. One kernel then reads the logits two or three times,
 a row to a program: for the sums of both softmaxes; for the sum of the slopes, unless it is known beforehand, as for forward KL; and for the nats and
-the gradient with respect to the student's product, which takes the product's place. Two more products give the gradients of head and states. `fused`
-and `quantities` say what is computed; the quantities are here once, in `_value_and_slope`, for every kind of targets.
+the gradient with respect to the student's product, which takes the product's place, the row's coefficient in it. Two more products give the gradients of
+head and states. `fused` and `quantities` say what is computed. The closed forms are in `fused_kernels` once, for every kind of targets.
 
 The arithmetic is that of the states, or autocast's. In bfloat16 the student's product is rounded to it, as `nn.Linear` does, and so is the gradient with
 respect to it; all between the two, the teacher's logits, and sums over rows are float32. float64 is for tests. Under TRITON_INTERPRET=1 Triton runs the
@@ -36,6 +36,9 @@ WARPS = 8
 # Numbers of a head (32 MiB in float32) that are widened, or whose gradient is formed, at a time: what is added to must come from memory, what is added
 # should still be in the cache.
 PIECE_NUMBERS = 2**23
+
+# Products of bfloat16 that come out in float32: of PyTorch 2.8 and later, on NVIDIA's cards.
+_WIDENS = "dtype_out" in torch.ops.aten.mm.overloads() and torch.version.hip is None
 
 # Name of a quantity and its two parameters.
 Form: TypeAlias = tuple[str, float, float]
@@ -74,10 +77,6 @@ def arithmetic_of(hidden_RD: Tensor, head: LinearHead) -> torch.dtype | None:
     if dtype == torch.bfloat16:
         return dtype if _WIDENS or device == "cpu" else None
     return dtype if dtype in (torch.float32, torch.float64) else None
-
-
-# Products of bfloat16 that come out in float32: of PyTorch 2.8 and later, on NVIDIA's cards.
-_WIDENS = "dtype_out" in torch.ops.aten.mm.overloads() and torch.version.hip is None
 
 
 def can_fuse(hidden_RD: Tensor, head: LinearHead, terms: Sequence[FusedTerm], targets: Targets) -> bool:
@@ -218,7 +217,7 @@ class TritonHead:
                     "teacher": product_RV,
                     "teacher_stride": product_RV.stride(0),
                     "teacher_bias": head.bias_V,
-                    "TEACHER_FACTOR": head.scale / self._match_temperature,
+                    "TEACHER_FACTOR": float(head.scale / self._match_temperature),
                     "TEACHER_SOFTCAP": head.softcap,
                 }
             case FullTargets():

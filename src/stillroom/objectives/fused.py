@@ -18,6 +18,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -39,6 +41,8 @@ BLOCK_VALUES = 2**19
 _IDS_AT_ONCE = 8192
 _WEIGHTS_AT_ONCE = 2**20
 _DTYPES = (torch.float32, torch.float64)
+# Types of device on which `fused_triton` does the work.
+TRITON_DEVICES: tuple[str, ...] = ("cuda",)
 
 
 # -- what can be fused --------------------------------------------------------------------------------------------------
@@ -90,6 +94,58 @@ class FusedTerm:
     reads_text: bool
 
 
+class RowsThroughHead(Protocol):
+    """Takes scored rows through a head and back, chunk by chunk: `FusedHead` on a CPU, `fused_triton.TritonHead` on a GPU."""
+
+    def chunks_of(self, hidden_RD: Tensor, targets: Targets, most: int) -> list[tuple[int, int]]:
+        """(start, stop) of chunks of at most `most` rows, as many as memory allows."""
+
+    def chunk(
+        self, hidden_RD: Tensor, targets: Targets, labels: TextTargets, coefficients_R: Tensor, gradient_RD: Tensor | None
+    ) -> dict[str, Tensor]:
+        """See `FusedHead.chunk`."""
+
+    def finish(self) -> None:
+        """To be called after the last chunk: only then are all gradients where they belong."""
+
+
+def fuse(
+    hidden_RD: Tensor,
+    head: object,
+    *,
+    size: int,
+    terms: Sequence[FusedTerm],
+    targets: Targets,
+    match_temperature: float,
+    backward: bool,
+) -> RowsThroughHead | None:
+    """What does this without autograd on the device of the states; None where nothing does."""
+    linear = linear_head(head)
+    if linear is None:
+        return None
+    if hidden_RD.device.type in TRITON_DEVICES:
+        triton = _triton()
+        if triton is None or not triton.can_fuse(hidden_RD, linear, terms, targets):
+            return None
+        through: RowsThroughHead = triton.TritonHead(
+            hidden_RD, linear, size=size, terms=terms, match_temperature=match_temperature, backward=backward
+        )
+        return through
+    if not can_fuse(hidden_RD, linear, terms, targets):
+        return None
+    return FusedHead(linear, size=size, terms=terms, match_temperature=match_temperature, backward=backward)
+
+
+def _triton() -> ModuleType | None:
+    """The module for GPUs, unless Triton is not installed (PyTorch for Linux brings it)."""
+    try:
+        return import_module("stillroom.objectives.fused_triton")
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        return None
+
+
 def can_fuse(hidden_RD: Tensor, head: LinearHead, terms: Sequence[FusedTerm], targets: Targets) -> bool:
     """Whether `FusedHead` computes this: on a CPU, in float32 or float64 without autocast, every term with a closed form."""
     listed = isinstance(targets, DrawnTargets)
@@ -100,11 +156,13 @@ def can_fuse(hidden_RD: Tensor, head: LinearHead, terms: Sequence[FusedTerm], ta
 
 
 def chunks_of(rows: int, size: int, targets: Targets, dtype: torch.dtype, most: int) -> list[tuple[int, int]]:
-    """(start, stop) of chunks of at most `most` rows whose logits fit into `BUFFER_BYTES`, all within one row of the same size, the first no smaller
-    than the others.
-    """
-    per_chunk = min(most, rows_that_fit(size, isinstance(targets, HiddenTargets), dtype))
-    count = -(-rows // per_chunk)
+    """(start, stop) of chunks of at most `most` rows whose logits fit into `BUFFER_BYTES`, as even as can be."""
+    return even_chunks(rows, min(most, rows_that_fit(size, isinstance(targets, HiddenTargets), dtype)))
+
+
+def even_chunks(rows: int, most: int) -> list[tuple[int, int]]:
+    """(start, stop) of as few chunks of at most `most` rows as there can be, all within one row of the same size, the first no smaller than the others."""
+    count = -(-rows // most)
     edges = [-(-rows * place // count) for place in range(count + 1)] if count else []
     return list(zip(edges, edges[1:], strict=False))
 
@@ -128,6 +186,12 @@ class FusedHead:
         self._backward = backward
         self._buffers: dict[str, Tensor] = {}
         self._blocks = _Blocks()
+
+    def chunks_of(self, hidden_RD: Tensor, targets: Targets, most: int) -> list[tuple[int, int]]:
+        return chunks_of(len(hidden_RD), self._size, targets, hidden_RD.dtype, most)
+
+    def finish(self) -> None:
+        """Nothing is left to do: every chunk adds its gradients to where they belong."""
 
     @torch.no_grad()
     def chunk(

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from stillroom.core.errors import ModelError, ResourceError
 from stillroom.models.loading import body_of, head_of, layers_of
+from stillroom.models.packing import leave_to_python, packs
 
 # -- eight bits -----------------------------------------------------------------------------------------------------------
 
@@ -96,6 +97,8 @@ def _recomputed(forward: Any, *arguments: Any, **options: Any) -> Any:
 
 def compile_body(model: PreTrainedModel) -> None:
     """Has torch.compile make kernels of the body when it is first called; shapes may change from call to call. Call `require_compiler` first."""
+    if packs(model):
+        leave_to_python()
     body_of(model).compile(dynamic=True)
 
 

@@ -144,9 +144,18 @@ def _on_gpu(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cuda"
 
 
-for _name in _OWN:
-    AttentionInterface.register(PACKED + _name, partial(_attention, _name))
-    AttentionMaskInterface.register(PACKED + _name, partial(_mask, _name))
+def _register(prepared: Callable[[Forward], Forward] = lambda function: function) -> None:
+    for name in _OWN:
+        AttentionInterface.register(PACKED + name, partial(prepared(_attention), name))
+        AttentionMaskInterface.register(PACKED + name, partial(prepared(_mask), name))
+
+
+_register()
+
+
+def leave_to_python() -> None:
+    """From now on torch.compile leaves both functions as they are: it would make another kernel for every set of lengths that it meets."""
+    _register(torch.compiler.disable)
 
 
 # -- a model that packs ---------------------------------------------------------------------------------------------------

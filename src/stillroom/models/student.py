@@ -56,8 +56,8 @@ class TransformersStudent:
     decayed, saved and loaded with its parameters, and are no part of `model`, which is what is exported. Parameters that require no gradient
     (what models.adapters freezes) are not learned, and are in no checkpoint.
 
-    With several `processes` each accumulates the gradient of its own batches, and `optim_step` adds them up; `save` and `load` are called by all, and
-    the first writes. With `sharding` each holds a part (models.parallel), and `model` may have its parameters on the meta device.
+    With several `processes` each accumulates the gradient of its own batches, and `optim_step` adds them up. With `sharding` each holds a part
+    (models.parallel): every verb is called by all of them, and `model` may have its parameters on the meta device.
     """
 
     def __init__(
@@ -227,7 +227,7 @@ class TransformersStudent:
     def save(self, directory: Path) -> None:
         """Weights, optimiser state and counters into `directory`, as safetensors and JSON: `load` goes on bit for bit.
 
-        In parts it is called by all processes, with one `directory` that is there already.
+        In parts, all processes give it one `directory`, which is there already.
         """
         directory.mkdir(parents=True, exist_ok=True)
         weights, moments, steps = self._state()
@@ -283,8 +283,9 @@ class TransformersStudent:
 
     def require_same(self) -> None:
         """Raises RunError 'processes-differ' unless all processes hold the same weights, or, in parts, weights after as many steps."""
-        tensors = [] if self._sharded is not None else list(self._parameters.values())
-        self._processes.require_same("a student", (state_number(tensors) + self.optim_steps) % 2**63)
+        if self._processes.size > 1:
+            tensors = [] if self._sharded is not None else list(self._parameters.values())
+            self._processes.require_same("a student", (state_number(tensors) + self.optim_steps) % 2**63)
 
     def whole_model(self) -> PreTrainedModel | None:
         """The model with whole parameters, in the first process; in parts it is a copy on the CPU, and all processes call this and others get None."""

@@ -207,7 +207,7 @@ def test_what_is_given_is_left_alone() -> None:
 @pytest.mark.parametrize("kind", ["hidden", "top_k", "drawn", "text"])
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=["autocast", "bfloat16"])
 def test_half_precision(kind: str, weights: torch.dtype) -> None:
-    """The nats are those of logits that were rounded, which is what autograd finds; gradients, rounded once more, are close to float64's."""
+    """Logits are not rounded to bfloat16, as autograd's are, and so the nats are float32's; the gradient with respect to them is rounded once."""
     goal = only(cross_entropy()) if kind == "text" else only(forward_kl(), cross_entropy())
     exact = head_of(bias=True, softcap=3.0, dtype=torch.bfloat16)
     exact.module.double()
@@ -220,12 +220,13 @@ def test_half_precision(kind: str, weights: torch.dtype) -> None:
         with torch.autocast(DEVICE if by is here else "cpu", torch.bfloat16, enabled=weights == torch.float32):
             found.append(by(head, goal, targets, hidden_RD=hidden_RD.to(weights), rows_per_chunk=rows_per_chunk, **more))
     ours, in_other_chunks, autograd = found
-    assert ours.sums.objective_nats == pytest.approx(reference.sums.objective_nats, rel=5e-3)
-    assert ours.sums.objective_nats == pytest.approx(autograd.sums.objective_nats, rel=5e-3)
+    assert ours.sums.objective_nats == pytest.approx(reference.sums.objective_nats, rel=RELATIVE)
+    assert autograd.sums.objective_nats == pytest.approx(reference.sums.objective_nats, rel=5e-3)
     for name, gradient in ours.gradients.items():
         assert gradient.dtype == weights
         expected = reference.gradients[name]
-        assert (gradient - expected).norm() <= 0.02 * expected.norm(), name
+        # The interpreter cuts off what a GPU rounds: up to 2^-8 of each number.
+        assert (gradient - expected).norm() <= 2**-7 * expected.norm(), name
         if weights == torch.float32:
             # Sums over chunks are not rounded to bfloat16.
             assert (gradient - in_other_chunks.gradients[name]).norm() <= RELATIVE * gradient.norm(), name

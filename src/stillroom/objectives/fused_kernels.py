@@ -22,6 +22,8 @@ def over_all(
     student,
     student_stride,
     student_bias,
+    out,
+    out_stride,
     labels,
     label_products,
     coefficients,
@@ -49,6 +51,7 @@ def over_all(
     COOL: tl.constexpr = 1.0 / TEMPERATURE
     row = tl.program_id(0).to(tl.int64)
     student += row * student_stride
+    out += row * out_stride
     lanes = tl.arange(0, BLOCK)
 
     top_q, sum_q = _nothing(BLOCK, WIDE)
@@ -116,7 +119,7 @@ def over_all(
                     _, q_1 = _normalised(z, top_1, sum_1)
                     gradient += HARD * q_1
                 gradient = _through_cap(gradient * coefficient, capped, SOFTCAP)
-                tl.store(student + ids, gradient.to(student.dtype.element_ty), mask=ids < size)
+                tl.store(out + ids, gradient.to(out.dtype.element_ty), mask=ids < size)
         _store_values(nats, values, row, len(TERMS), TERM_LANES)
     if HARD is not None:
         _store_hard(nats, label_products, student_bias, labels, row, len(TERMS), top_1, sum_1, top_q, sum_q, APART, SOFTCAP, SCALE, WIDE)
@@ -127,6 +130,8 @@ def over_list(
     student,
     student_stride,
     student_bias,
+    out,
+    out_stride,
     labels,
     label_products,
     coefficients,
@@ -154,6 +159,7 @@ def over_list(
     COOL: tl.constexpr = 1.0 / TEMPERATURE
     row = tl.program_id(0).to(tl.int64)
     student += row * student_stride
+    out += row * out_stride
     begin = tl.load(offsets + row)
     end = tl.load(offsets + row + 1)
     label = tl.load(labels + row)
@@ -214,7 +220,7 @@ def over_list(
             z, capped = _logits(student, student_bias, others, size, SOFTCAP, SCALE, WIDE)
             gradient = _add_text(share * tl.exp(z * COOL - top_o), z, others, label, top_1, sum_1, HARD, APART)
             gradient = _through_cap(gradient * coefficient, capped, SOFTCAP)
-            tl.store(student + others, gradient.to(student.dtype.element_ty), mask=z > float("-inf"))
+            tl.store(out + others, gradient.to(out.dtype.element_ty), mask=z > float("-inf"))
         for first in range(begin, end + 1, LIST_BLOCK):
             entries = first + tl.arange(0, LIST_BLOCK)
             inside, listed, z, capped = _listed(ids, products, student_bias, first, end, SOFTCAP, SCALE, WIDE, LIST_BLOCK)

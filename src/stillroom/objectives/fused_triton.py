@@ -4,12 +4,13 @@ Shapes: R scored rows, V vocabulary size, K kept ids, U listed ids of all rows t
 
 Each head is applied once, a chunk of rows at a time, into a buffer that the next chunk uses again. One kernel then reads the logits two or three times,
 a row to a program: for the sums of both softmaxes; for the sum of the slopes, unless it is known beforehand, as for forward KL; and for the nats and
-the gradient with respect to the student's product, which takes the product's place, the row's coefficient in it. Two more products give the gradients of
+the gradient with respect to the student's product, the row's coefficient in it. Two more products give the gradients of
 head and states. `fused` and `quantities` say what is computed. The closed forms are in `fused_kernels` once, for every kind of targets.
 
-The arithmetic is that of the states, or autocast's. In bfloat16 the student's product is rounded to it, as `nn.Linear` does, and so is the gradient with
-respect to it; all between the two, the teacher's logits, and sums over rows are float32. float64 is for tests. Under TRITON_INTERPRET=1 Triton runs the
-kernels on the CPU.
+The arithmetic is that of the states, or autocast's. In bfloat16 the factors of every product are bfloat16, and so is the gradient with respect to the
+student's product, which is one of them. Logits, everything between the products, and sums over rows are float32: `nn.Linear` would round logits to
+bfloat16, which knows one of 16 to a sixteenth, at less memory traffic. In float32 the gradient takes the product's place. float64 is for tests. Under
+TRITON_INTERPRET=1 Triton runs the kernels on the CPU.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from stillroom.objectives.divergences import Divergence
 from stillroom.objectives.fused import FusedTerm, LinearHead, even_chunks
 from stillroom.targets.kinds import DrawnTargets, FullTargets, HiddenTargets, Targets, TextTargets, TopKTargets
 
-# What the logits of one chunk may take, both models' together. More rows at once mean fewer passes over the gradient of the head.
-BUFFER_BYTES = 2**30
+# What the logits of one chunk may take, both models' and the gradient together. More rows at once mean fewer passes over the gradient of the head.
+BUFFER_BYTES = 3 * 2**29
 # Ids that a program works on at a time, eight for each of its threads.
 BLOCK = 2048
 WARPS = 8
@@ -116,7 +117,8 @@ class TritonHead:
     def chunks_of(self, hidden_RD: Tensor, targets: Targets, most: int) -> list[tuple[int, int]]:
         """(start, stop) of chunks of at most `most` rows whose logits fit into `BUFFER_BYTES`, as even as can be."""
         beside = isinstance(targets, HiddenTargets) or _keeps_every_id(targets, self._size)
-        row_bytes = _padded(self._size) * (self._dtype.itemsize + (self._wide.itemsize if beside else 0))
+        logits, gradient = (2 if beside else 1) * self._wide.itemsize, self._dtype.itemsize if self._dtype != self._wide else 0
+        row_bytes = _padded(self._size) * (logits + gradient)
         return even_chunks(len(hidden_RD), max(1, min(most, BUFFER_BYTES // row_bytes)))
 
     @torch.no_grad()
@@ -127,12 +129,15 @@ class TritonHead:
         # Kernels are launched on the current device; and what is multiplied here has the type that it should have.
         with torch.cuda.device_of(hidden_RD), torch.autocast(hidden_RD.device.type, enabled=False):
             states_RD = hidden_RD.to(self._dtype)
-            logits_RV = self._buffer("student", len(hidden_RD), self._dtype, hidden_RD.device)
-            torch.mm(states_RD, self._weight_VD.T, out=logits_RV)
-            nats_TR = self._rows(logits_RV, targets, labels, coefficients_R)
+            logits_RV = self._buffer("student", len(hidden_RD), self._wide, hidden_RD.device)
+            _multiply(states_RD, self._weight_VD.T, logits_RV)
+            slopes_RV = logits_RV
+            if self._backward and self._dtype != self._wide:
+                slopes_RV = self._buffer("slopes", len(hidden_RD), self._dtype, hidden_RD.device)
+            nats_TR = self._rows(logits_RV, slopes_RV, targets, labels, coefficients_R)
             if self._backward:
                 assert gradient_RD is not None
-                self._back(logits_RV, states_RD, gradient_RD)
+                self._back(slopes_RV, states_RD, gradient_RD)
         soft = [term for term in self._terms if not term.reads_text]
         return {term.divergence.name: nats_TR[len(soft) if term.reads_text else soft.index(term)] for term in self._terms}
 
@@ -159,8 +164,8 @@ class TritonHead:
 
     # -- between the products ---------------------------------------------------------------------------------------------
 
-    def _rows(self, logits_RV: Tensor, targets: Targets, labels: TextTargets, coefficients_R: Tensor) -> Tensor:
-        """Nats of each soft term, then of text, T x R. The products in `logits_RV` give way to the gradient with respect to them."""
+    def _rows(self, logits_RV: Tensor, slopes_RV: Tensor, targets: Targets, labels: TextTargets, coefficients_R: Tensor) -> Tensor:
+        """Nats of each soft term, then of text, T x R. Uses up the products in `logits_RV` and writes the gradient with respect to them."""
         soft = [term for term in self._terms if not term.reads_text]
         hard = [term.factor for term in self._terms if term.reads_text]
         rows, dtype = len(logits_RV), self._wide
@@ -170,6 +175,8 @@ class TritonHead:
             "student": logits_RV,
             "student_stride": logits_RV.stride(0),
             "student_bias": self._head.bias_V,
+            "out": slopes_RV,
+            "out_stride": slopes_RV.stride(0),
             "labels": labels_R1,
             "label_products": logits_RV.gather(-1, labels_R1),
             "coefficients": coefficients_R.to(dtype),
@@ -244,7 +251,7 @@ class TritonHead:
         return out_RV
 
     def _over_list(self, student: dict[str, Any], targets: TopKTargets | DrawnTargets, soft: Sequence[FusedTerm]) -> None:
-        logits_RV, dtype = student["student"], self._wide
+        logits_RV, slopes_RV, dtype = student["student"], student["out"], self._wide
         rows = len(logits_RV)
         if isinstance(targets, TopKTargets):
             kept = targets.ids_RK.shape[1]
@@ -257,7 +264,7 @@ class TritonHead:
             forms, most = tuple(("listed", 0.0, 0.0, float(term.factor)) for term in soft), targets.draws
         rows_U = torch.repeat_interleave(torch.arange(rows, device=ids_U.device), offsets_R1.diff(), output_size=len(ids_U))
         products_U = logits_RV[rows_U, ids_U]
-        gradients_U = torch.empty_like(products_U)
+        gradients_U = torch.empty_like(products_U, dtype=slopes_RV.dtype)
         # Marks them for the kernel, which must tell them from the others.
         logits_RV[rows_U, ids_U] = -torch.inf
         fused_kernels.over_list[(rows,)](
@@ -273,7 +280,7 @@ class TritonHead:
             LIST_BLOCK=min(BLOCK, triton.next_power_of_2(most + 1)),
         )
         if self._backward:
-            logits_RV[rows_U, ids_U] = gradients_U
+            slopes_RV[rows_U, ids_U] = gradients_U
 
 
 class _GradientSum:

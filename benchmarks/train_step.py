@@ -41,11 +41,10 @@ from peers import ENVIRONMENT
 
 sys.path.insert(0, str(ROOT / "src"))
 
-from stillroom.models.packing import pack
-
 from stillroom.core.identities import ModelRef, Sampling, TokenSequence
 from stillroom.models.loading import body_of
 from stillroom.models.local import LocalTeacher, text_targets
+from stillroom.models.packing import pack
 from stillroom.models.student import OptimiserSettings, TransformersStudent
 from stillroom.objectives.divergences import Divergence, forward_kl, generalized_jsd
 from stillroom.objectives.objective import Objective, WeightedTerm

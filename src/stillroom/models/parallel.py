@@ -9,6 +9,7 @@ layer. A checkpoint of parts is written by PyTorch's distributed checkpoint as s
 from __future__ import annotations
 
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -41,6 +42,8 @@ T = TypeVar("T")
 
 # The others wait this long while the first process collects, evaluates or reports alone.
 _LONG = timedelta(days=30)
+# The first process waits so long for the others to end; one that was killed never says that it has.
+_LEAVING_SECONDS = 10.0
 # Gradients of small parameters are added together, in pieces of 32 MiB.
 _BUCKET_NUMBERS = 2**23
 # Where PyTorch keeps distributed checkpoints in safetensors files, which its older versions have not.
@@ -141,11 +144,14 @@ class Processes:
         try:
             yield
         except EndedElsewhere:
+            self._leave()
             raise
         except BaseException as error:
             if self.size == 1:
                 raise
-            if not self._speaks():
+            speaks = self._speaks()
+            self._leave()
+            if not speaks:
                 raise EndedElsewhere(exit_code_of(error)) from error
             if not _is_lost(error):
                 raise
@@ -156,6 +162,17 @@ class Processes:
                 why="a process that is killed says nothing; where memory runs out, the system kills one",
                 do="Look for what ended it (the system's log, torchrun's own lines). The same command resumes from the last checkpoint.",
             ) from error
+
+    def _leave(self) -> None:
+        """Before a process ends that failed: the first, which may keep the store that tells the others who speaks, goes last, but waits a little only."""
+        assert self._store is not None
+        with suppress(RuntimeError):
+            if not self.is_first:
+                self._store.add("left", 1)
+                return
+            until = time.monotonic() + _LEAVING_SECONDS
+            while self._store.add("left", 0) < self.size - 1 and time.monotonic() < until:
+                time.sleep(0.02)
 
     def _speaks(self) -> bool:
         """Whether this process is the first that failed."""

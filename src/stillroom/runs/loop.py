@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from stillroom.core import durable
-from stillroom.core.errors import DivergedError, ResourceError
+from stillroom.core.errors import DivergedError, Interrupted, ResourceError
 from stillroom.core.interrupts import StopRequest
 from stillroom.core.launch import EndedElsewhere
 from stillroom.core.seeds import derive_seed
@@ -207,6 +207,9 @@ class Loop:
             if self._due(self.settings.checkpoint_every) or self.progress.stopped_early or stopping:
                 self._checkpoint()
             if stopping:
+                # All of them know, so that one can say it, whichever of them ends first.
+                if not self.processes.is_first:
+                    raise EndedElsewhere(Interrupted.exit_code)
                 self.stop.ask()
                 self.stop.check(f"after step {self.progress.step} of {self.settings.steps}")
 

@@ -8,6 +8,7 @@ Children are forked, as in crashing.py and for the same reasons. Those of one gr
 from __future__ import annotations
 
 import faulthandler
+import gc
 import itertools
 import json
 import os
@@ -544,6 +545,9 @@ CASES: dict[str, Callable[[Path], Iterator[dict[str, Any]]]] = {
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    # A collection in a child would touch, and so copy, all the memory that it shares with this process.
+    gc.collect()
+    gc.freeze()
     for case in sys.argv[2:]:
         folder = Path(sys.argv[1]) / case
         folder.mkdir(parents=True)

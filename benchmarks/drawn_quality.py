@@ -53,9 +53,11 @@ from stillroom.targets.rows import slice_targets
 from stillroom.targets.store import StoredRecord, TargetStore, record_id
 
 CAVEATS = (
-    "One pair: a teacher of 3.6 million parameters that is nearly certain of most tokens, and 512 ids. A teacher of higher entropy draws more unique ids.",
-    "The intervals over held-out sequences hold for these very students. What another seed would give is in `over_seeds`, of as many seeds as there are.",
-    "Training ends on other weights for any rounding; `control`, where there is one, is dense training with other micro-batches, as a ratio to dense training.",
+    "One pair: 512 ids, and a teacher that is nearly certain of most tokens (see `teacher_entropy_nats` and `mean_unique_ids`). Of a teacher that is less "
+    "certain, whose draws differ more from its distribution, this says nothing.",
+    "`pooled_ratio` and its interval are of these very students: only the held-out sequences are resampled. What another seed would give is in `over_seeds`.",
+    "Training ends elsewhere for any rounding: `control`, where there is one, is dense training with half the micro-batch, as a ratio to dense training. A "
+    "difference of drawn and dense training that is not beyond that of control and dense shows nothing.",
 )
 LIMIT = 1.05
 RESAMPLES = 10_000
@@ -202,7 +204,8 @@ class Study:
             "torch_threads": torch.get_num_threads(),
             "limit": LIMIT,
             "interval": f"95 % percentile bootstrap, {RESAMPLES} draws of whole held-out sequences, the same for both students: a ratio of sums",
-            "over_seeds": "mean of log ratios and its 95 % interval by Student's t; of so few seeds it is wide",
+            "pooled_ratio": "the ratio of what all seeds' students sum to on each sequence; `holds` compares the upper end of its interval with the limit",
+            "over_seeds": "mean of the seeds' log ratios and its 95 % interval by Student's t: of three seeds it is wide",
         }
 
 

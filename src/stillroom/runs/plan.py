@@ -93,6 +93,8 @@ class Estimate(Documented):
     """By stage: collect, train, label_only, evaluate."""
     peak_memory_bytes: int
     """Of the process, beyond what the libraries take."""
+    peak_bytes: dict[str, int]
+    """The same by stage: collect, train, evaluate."""
     memory_available_bytes: int
     disk_bytes: int
     disk_free_bytes: int

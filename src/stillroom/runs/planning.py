@@ -313,6 +313,7 @@ class _Planner:
             estimate=Estimate(
                 seconds={stage: round(seconds, 1) for stage, seconds in found.seconds.items()},
                 peak_memory_bytes=found.peak_memory_bytes,
+                peak_bytes={stage: round(peak) for stage, peak in found.peak_bytes.items()},
                 memory_available_bytes=_memory_available(device),
                 disk_bytes=disk,
                 disk_free_bytes=durable.free_bytes(self.out),

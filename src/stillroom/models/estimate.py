@@ -56,8 +56,8 @@ _HEAP_BLOCK_BYTES, _GAPS = 2**25, 1.7
 # The tables that drawn targets are coded with, for each id of the vocabulary: while they are read with, and while the first shard makes them. By VmHWM at
 # V = 151,936.
 _PRIOR_BYTES, _FIRST_PRIOR_BYTES = 530, 950
-# Of a batch that writes: 1.3 (live) and 1.8 (demo) at the peak of collecting, which is that of a whole run where training pads nothing.
-_WRITING_GAPS = 1.55
+# Of a batch that writes: 1.2 to 1.3 (live) and 1.8 (demo) at the peak of collecting, which is that of a whole run where training pads nothing.
+_WRITING_GAPS = 1.45
 
 # As in runs.collecting: prompts that are answered and stored together.
 _PART = 512

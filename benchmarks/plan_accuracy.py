@@ -193,7 +193,8 @@ def _found(directory: Path, estimate: dict[str, Any], watch: _Watch, until: str)
         "planned_seconds": estimate["seconds"],
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
         "plan_seconds": round(watch.seconds["plan"], 2),
-        "planned_peak_bytes": estimate["peak_memory_bytes"],
+        # Of the stages that were run: the peak of one that was not is no prediction of theirs.
+        "planned_peak_bytes": max(peak for stage, peak in estimate["peak_bytes"].items() if stage in seconds),
         "peak_bytes": watch.peaks,
         "label_only_best_step": training["label_only_steps"],
         "load": os.getloadavg()[0],

@@ -36,7 +36,7 @@ WITHOUT_TORCH = ("core", "entitlement", "ledger", "data", "targets", "runs", "we
 NEEDS_WEIGHTS = {"torch", "transformers", "peft", "safetensors", "tokenizers", "tensorboard", "accelerate", "huggingface_hub", "jinja2"}
 # Of runs, only the modules that are loaded by name when a stage needs them: the base install imports the room without them (tested below).
 MAY_TOUCH_WEIGHTS = {"objectives", "models", "evals", "runs"}
-OPTIONAL = NEEDS_WEIGHTS | {"datasets", "gguf", "xllamacpp"}
+OPTIONAL = NEEDS_WEIGHTS | {"datasets", "gguf", "triton", "xllamacpp"}
 
 # What a distribution is called where that differs from what is imported.
 DISTRIBUTIONS = {"yaml": "pyyaml", "pydantic_core": "pydantic"}

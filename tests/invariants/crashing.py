@@ -1,8 +1,8 @@
 """A process in which children run a tiny run and die: at every write point in turn, by os._exit, and then are resumed by another child.
 
-    python crashing.py DIRECTORY MODE...    one line of JSON for each death: {stage, point, died, resumed, differences, output}
+    python crashing.py DIRECTORY KIND MODE...    one line of JSON for each death: {stage, point, died, resumed, differences, output}
 
-A MODE is a state ("collected": die at each write point of the stage that ends there, beginning where the state before ended; resume to that
+KIND is that of the targets. A MODE is a state ("collected": die at each write point of the stage that ends there, beginning where the state before ended; resume to that
 state), or "whole" (die at each write point of a whole run, the resumed run dies once more further on, and a third goes to the end).
 
 Children are forked, since importing torch takes longer than the run itself: this process computes no gradient and starts no thread.
@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas  # noqa: F401  (pyarrow imports it where it is installed: here once, and not in each child)
+import tensorboard.compat.proto.event_pb2
+import tensorboard.summary.writer.record_writer  # noqa: F401  (likewise, for the loop)
 import torch
-import torch.utils.tensorboard  # likewise, for the loop
 
 from stillroom.core import durable
 from stillroom.core.errors import StillroomError
@@ -43,9 +44,9 @@ DIED = 137
 _PART = 10
 
 
-def main(directory: Path, modes: list[str]) -> None:
+def main(directory: Path, kind: str, modes: list[str]) -> None:
     """Makes the uninterrupted run, then one death after another."""
-    recipe = Recipe.from_tree(tiny_recipe(directory / "in"))
+    recipe = Recipe.from_tree(tiny_recipe(directory / "in") | {"targets": {"kind": kind}})
     _quicken(recipe, directory / "planned once")
     # A collection in a child would touch, and so copy, all the memory that it shares with this process.
     gc.collect()
@@ -163,7 +164,7 @@ def facts_of(directory: Path) -> dict[str, Any]:
     if (directory / "transfer_set.json").exists():
         facts |= _collected(directory)
     for part in (directory, directory / "label_only"):
-        if (directory / "training.json").exists():
+        if (directory / "training.json").exists() and (part / "metrics.jsonl").exists():
             facts[f"metrics of {part.name if part != directory else 'student'}"] = metrics_of(part)
             facts["training.json"] = _timeless(durable.read_json(directory / "training.json"))
     for path in sorted((directory / "evals").glob("*.json")):
@@ -210,4 +211,4 @@ def _bytes(path: Path) -> bytes | None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])

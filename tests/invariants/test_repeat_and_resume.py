@@ -43,11 +43,17 @@ def environment() -> dict[str, str]:
 
 KINDS: dict[str, dict[str, Any]] = {
     "hidden": {},
+    "hidden int8": {"targets": {"kind": "hidden", "state_dtype": "int8"}},
+    "drawn": {"targets": {"kind": "drawn", "draws": 12}},
     "top-k": {"targets": {"kind": "top_k", "k": 5}, "objective": {"terms": [{"divergence": "reverse_kl"}]}},
     "full and live, from the teacher's layer": {
         "targets": {"kind": "full", "live": True},
         "student": {"from_teacher": {"layers": [0]}},
         "training": {"steps": 4, "sequences_per_step": 6, "micro_batch": 4, "learning_rate": 1e-3, "weight_decay": 0.1},
+    },
+    "an int8 teacher, padded, layers computed again": {
+        "teacher": {"dtype": "int8"},
+        "training": {"steps": 4, "sequences_per_step": 6, "micro_batch": 4, "packing": "off", "gradient_checkpointing": True},
     },
     "text": {"objective": {"terms": [{"divergence": "cross_entropy"}]}, "targets": {"kind": "auto"}},
 }
@@ -55,7 +61,9 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("changes", KINDS.values(), ids=KINDS.keys())
 def test_the_same_run_twice_gives_the_same_bytes(changes: dict[str, Any], tmp_path: Path) -> None:
-    recipe = Recipe.from_tree(tiny_recipe(tmp_path / "in") | changes | {"evaluation": {}})
+    tree = tiny_recipe(tmp_path / "in")
+    changes = changes | {"teacher": tree["teacher"] | changes.get("teacher", {})}
+    recipe = Recipe.from_tree(tree | changes | {"evaluation": {}})
     runs = [stillroom.run(recipe, out=tmp_path / name, until="trained") for name in ("first", "second")]
     assert_same_student(*[run.directory for run in runs])
 
@@ -100,10 +108,9 @@ def memory() -> Iterator[Path]:
         yield Path(name)
 
 
-def deaths(directory: Path, *modes: str) -> list[dict[str, Any]]:
-    child = subprocess.run(
-        [sys.executable, str(CRASHING), str(directory), *modes], env=environment(), capture_output=True, text=True, timeout=3000, check=False
-    )
+def deaths(directory: Path, *modes: str, kind: str = "hidden") -> list[dict[str, Any]]:
+    command = [sys.executable, str(CRASHING), str(directory), kind, *modes]
+    child = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=3000, check=False)
     assert child.returncode == 0, child.stderr[-3000:]
     return [json.loads(line) for line in child.stdout.splitlines()]
 
@@ -129,6 +136,11 @@ def test_a_death_at_any_write_point_changes_nothing(states: tuple[str, ...], mem
     assert all(count >= LEAST_POINTS[state] for state, count in places.items()), places
 
 
+def test_a_death_at_any_write_point_of_collecting_drawn_targets_changes_nothing(memory: Path) -> None:
+    places = assert_all_resumed(deaths(memory, "collected", kind="drawn"))
+    assert places["collected"] > LEAST_POINTS["collected"]
+
+
 @pytest.mark.soak
 def test_two_deaths_in_a_whole_run_change_nothing(memory: Path) -> None:
     places = assert_all_resumed(deaths(memory, "whole"))
@@ -141,10 +153,11 @@ def test_two_deaths_in_a_whole_run_change_nothing(memory: Path) -> None:
 class Work:
     """A longer run for a child to be stopped in, and the same run uninterrupted: two parts of prompts, and steps enough that none is missed."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **hardware: Any) -> None:
         tree = tiny_recipe(folder / "in", prompts=PROMPTS)
         tree["training"] |= {"steps": STEPS, "checkpoint_every": 10, "validate_every": 25, "sequences_per_step": 8}
         tree["evaluation"] = {}
+        tree["hardware"] |= hardware
         self.recipe, self.out = folder / "recipe.yaml", folder / "out"
         self.recipe.write_text(yaml.safe_dump(tree), encoding="utf-8")
         self.whole = stillroom.run(Recipe.from_yaml(self.recipe), out=folder / "whole", until="trained").directory
@@ -191,6 +204,16 @@ def test_killed_three_times_it_ends_with_the_same_bytes(work: Work, tmp_path: Pa
         code, errors = work.stop(signal.SIGKILL, file, lines, delay=draw.uniform(0, 0.03))
         assert code == -signal.SIGKILL, errors
         assert not (work.out / "training.json").exists()
+    work.finish()
+
+
+@pytest.mark.soak
+def test_killed_while_bodies_are_compiled_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    """A process that goes on compiles anew, for the shapes that it meets first."""
+    work = Work(tmp_path, compile=True)
+    for file, lines in (("collect.jsonl", 1), ("metrics.jsonl", 40), ("metrics.jsonl", 150)):
+        code, errors = work.stop(signal.SIGKILL, file, lines)
+        assert code == -signal.SIGKILL, errors
     work.finish()
 
 

@@ -704,13 +704,19 @@ def test_stored_states_give_what_live_states_rounded_alike_give(name: str) -> No
     assert torch.equal(values[0], values[1])
 
 
-def test_a_head_in_bfloat16_is_widened_not_rounded_further() -> None:
+def test_a_head_in_bfloat16_is_widened_for_float64_and_multiplied_with_in_its_own_type_for_float32() -> None:
+    """A teacher that computed in bfloat16 is no more exact than such a product: factors and result are each rounded to 2^-9 of themselves."""
     generator = torch.Generator().manual_seed(2)
     states_RD, weight_VD = torch.randn(6, 8, generator=generator), torch.randn(11, 8, generator=generator).bfloat16()
     targets = HiddenTargets(vocabulary="v", temperature=1.0, states_RD=states_RD, head=TeacherHead(weight_VD=weight_VD))
-    expected = torch.log_softmax(states_RD @ weight_VD.float().T, dim=-1)
+    exact_RV = states_RD.double() @ weight_VD.double().T
+    bound = 2.0**-8 * float((states_RD.double().abs() @ weight_VD.double().abs().T + exact_RV.abs()).max())
     for source in (targets, as_arrays(targets)):
-        torch.testing.assert_close(teacher_log_probs_RV(as_tensors(source, "cpu"), 1.0, torch.float32), expected)
+        tensors = as_tensors(source, "cpu")
+        torch.testing.assert_close(teacher_log_probs_RV(tensors, 1.0, torch.float64), exact_RV.log_softmax(-1))
+        off = (teacher_log_probs_RV(tensors, 1.0, torch.float32) - exact_RV.log_softmax(-1)).abs().max()
+        # A logit that is off by so much moves a log-probability by twice that.
+        assert 0 < off <= 2 * bound
 
 
 @EACH_KIND

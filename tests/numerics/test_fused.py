@@ -30,6 +30,7 @@ from stillroom.objectives.divergences import (
     reverse_kl,
     skew_forward_kl,
     skew_reverse_kl,
+    teacher_log_probs_RV,
     total_variation,
 )
 from stillroom.objectives.matching import StateMatch, hidden_cosine, hidden_mse, new_projections
@@ -521,8 +522,8 @@ def test_half_precision_students_go_by_autograd(student: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("states", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
-def test_a_teacher_in_half_precision_is_widened(
+@pytest.mark.parametrize("weights", [torch.float32, torch.float16])
+def test_a_teacher_whose_head_is_in_another_type_is_widened(
     states: torch.dtype, weights: torch.dtype, no_autograd: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     targets = targets_of("hidden")
@@ -531,6 +532,33 @@ def test_a_teacher_in_half_precision_is_widened(
     wide = replace(targets, states_RD=narrow.states_RD.float(), head=replace(targets.head, weight_VD=narrow.head.weight_VD.float()))
     monkeypatch.setattr(fused, "_WEIGHTS_AT_ONCE", 10 * TEACHER_WIDTH)
     assert_same(run(head_of(), only(forward_kl()), narrow), run(head_of(), only(forward_kl()), wide), relative=1e-6)
+
+
+@pytest.mark.parametrize("shape", [{}, {"bias": True, "softcap": 2.0, "scale": 0.5}], ids=["plain", "all"])
+def test_a_teacher_that_computes_in_bfloat16_is_multiplied_in_it(shape: dict[str, Any], no_autograd: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fused and by autograd alike, and no further from the product in float32 than the rounding of its logits."""
+    targets = targets_of("hidden", shape=shape)
+    assert isinstance(targets, HiddenTargets)
+    head = targets.head
+    bias_V = None if head.bias_V is None else head.bias_V.bfloat16()
+    half = replace(targets, states_RD=targets.states_RD.bfloat16(), head=replace(head, weight_VD=head.weight_VD.bfloat16(), bias_V=bias_V))
+    wide_bias_V = None if bias_V is None else bias_V.float()
+    wide = replace(half, states_RD=half.states_RD.float(), head=replace(half.head, weight_VD=half.head.weight_VD.float(), bias_V=wide_bias_V))
+    monkeypatch.setattr(fused, "_WEIGHTS_AT_ONCE", 10 * TEACHER_WIDTH)
+    found, expected = (run(head_of(), only(forward_kl()), one) for one in (half, wide))
+    assert found.sums.objective_nats != expected.sums.objective_nats
+    assert_same(found, expected, relative=2**-6)
+    by_autograd = teacher_log_probs_RV(half, 1.0, torch.float32)
+    assert by_autograd.dtype == torch.float32
+    assert not torch.equal(by_autograd, teacher_log_probs_RV(wide, 1.0, torch.float32))
+    torch.testing.assert_close(by_autograd, teacher_log_probs_RV(wide, 1.0, torch.float32), atol=0.05, rtol=2**-7)
+
+
+def test_a_bfloat16_teacher_is_the_same_fused_and_by_autograd() -> None:
+    targets = targets_of("hidden")
+    assert isinstance(targets, HiddenTargets)
+    half = replace(targets, states_RD=targets.states_RD.bfloat16(), head=replace(targets.head, weight_VD=targets.head.weight_VD.bfloat16()))
+    assert_same(run(head_of(), only(forward_kl()), half), run(head_of(), only(forward_kl()), half, by_autograd=True), relative=1e-4)
 
 
 def test_a_live_teachers_tensors_may_come_from_inference_mode(no_autograd: None) -> None:

@@ -94,9 +94,11 @@ def test_cumulative_starts_leave_room_for_every_symbol(weights: list[float]) -> 
 @given(st.lists(st.integers(0, 5000), min_size=1, max_size=200, unique=True), st.integers(0, 14), st.integers(0, 2**32))
 def test_the_search_finds_what_numpy_finds(values: list[int], shift: int, seed: int) -> None:
     values_sorted = numpy.array(sorted(values), dtype=numpy.uint32)
-    keys = numpy.random.default_rng(seed).integers(values_sorted[0], int(values_sorted[-1]) + 1, (2, 50))
-    found = Search(values_sorted, shift).last_not_above(keys)
-    assert numpy.array_equal(found, numpy.searchsorted(values_sorted, keys, side="right") - 1)
+    search = Search(values_sorted, shift)
+    # Few keys and many are not searched in the same way.
+    for shape in ((2, 50), (2, 500)):
+        keys = numpy.random.default_rng(seed).integers(values_sorted[0], int(values_sorted[-1]) + 1, shape)
+        assert numpy.array_equal(search.last_not_above(keys), numpy.searchsorted(values_sorted, keys, side="right") - 1)
 
 
 def test_ranges() -> None:

@@ -83,6 +83,51 @@ def test_after_the_warm_up_the_rate_is_that_of_transformers(schedule: str, their
         scheduler.step()
 
 
+@pytest.mark.parametrize("lowest", [0.0, 0.125])
+@pytest.mark.parametrize("warmup", [0, 5])
+@pytest.mark.parametrize(
+    ("schedule", "theirs", "options"),
+    [
+        ("cosine", "cosine_with_min_lr", {"min_lr": "lowest"}),
+        ("linear", "polynomial", {"lr_end": "lowest", "power": 1.0}),
+        ("warmup_stable_decay", "warmup_stable_decay", {"min_lr_ratio": "share", "num_decay_steps": 6, "decay_type": "1-sqrt"}),
+        ("warmup_stable_decay", "warmup_stable_decay", {"min_lr_ratio": "share", "num_decay_steps": 1, "decay_type": "1-sqrt"}),
+        ("constant", "constant_with_warmup", {}),
+    ],
+)
+def test_every_schedule_ends_where_that_of_transformers_does(schedule: str, theirs: str, options: dict[str, Any], warmup: int, lowest: float) -> None:
+    lowest = 0.0 if schedule == "constant" else lowest
+    values = {"lowest": lowest, "share": lowest / 0.5}
+    options = {name: values.get(value, value) for name, value in options.items()}
+    decay = options.get("num_decay_steps", 0)
+    settings = replace(SETTINGS, steps=20, schedule=schedule, warmup_steps=warmup, learning_rate=0.5, min_learning_rate=lowest, decay_steps=decay)
+    optimiser = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
+    scheduler = transformers.get_scheduler(theirs, optimiser, num_warmup_steps=warmup, num_training_steps=20, scheduler_specific_kwargs=options)
+    for step in range(20):
+        if step >= warmup:
+            assert settings.learning_rate_at(step) == pytest.approx(scheduler.get_last_lr()[0], abs=1e-12), step
+        optimiser.step()
+        scheduler.step()
+
+
+def test_the_warm_up_is_that_of_transformers_which_loses_no_step() -> None:
+    settings = replace(SETTINGS, steps=20, schedule="cosine", warmup_steps=5, learning_rate=0.5)
+    optimiser = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
+    scheduler = transformers.get_scheduler("cosine_warmup_with_min_lr", optimiser, 5, 20, {"min_lr": 0.0})
+    for step in range(5):
+        assert settings.learning_rate_at(step) == pytest.approx(scheduler.get_last_lr()[0], abs=1e-12)
+        optimiser.step()
+        scheduler.step()
+
+
+def test_a_decay_longer_than_what_is_left_begins_after_the_warm_up() -> None:
+    settings = replace(SETTINGS, steps=10, schedule="warmup_stable_decay", warmup_steps=4, learning_rate=1.0, decay_steps=99)
+    rates = [settings.learning_rate_at(step) for step in range(10)]
+    assert rates[3] == rates[4] == 1.0
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert rates[9] == pytest.approx(1 - (5 / 6) ** 0.5)
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
 def test_the_warm_up_rises_to_the_rate_that_was_asked_for(schedule: str) -> None:
     settings = replace(SETTINGS, steps=20, schedule=schedule, warmup_steps=4, learning_rate=2.0)

@@ -295,6 +295,7 @@ CHANGES: dict[str, tuple[dict[str, object], str]] = {
     "k": ({"codec": TopKCodec(k=K + 1)}, "codec.k"),
     "codec": ({"codec": TextCodec()}, "codec.kind"),
     "temperature": ({"temperature": 2.0}, "target_temperature"),
+    "arithmetic": ({"arithmetic": "bfloat16"}, "arithmetic: 'float32' here, 'bfloat16' asked for"),
     "sampling": ({"generation": Sampling(max_new_tokens=8, temperature=0.7)}, "generation.temperature"),
 }
 

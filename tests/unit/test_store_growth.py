@@ -6,6 +6,8 @@ import contextlib
 import json
 import os
 import re
+import subprocess
+import sys
 import threading
 import time
 import tracemalloc
@@ -333,21 +335,33 @@ def test_a_whole_file_is_checked_at_its_ends_when_it_is_mapped(tmp_path: Path) -
             CheckedFile(path, len(data), digests).map()
 
 
+def test_opening_and_reading_load_no_pandas() -> None:
+    """pyarrow does, where it is installed, to make numpy arrays of its own: a third of a second at the first opening."""
+    folder = Path(__file__).resolve().parents[1] / "fixtures" / "drawn_store"
+    program = (
+        "import pathlib, sys; from stillroom.targets.store import TargetStore; "
+        "store = TargetStore.open(pathlib.Path(sys.argv[1])); store.read(store.record_ids); print('pandas' in sys.modules)"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", program, str(folder)], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip() == "False"
+
+
 # -- streams ---------------------------------------------------------------------------------------------------------------------
 
 
 @EACH
-def test_a_stream_is_what_reading_gives(name: str, tmp_path: Path) -> None:
+def test_a_stream_is_what_reading_gives(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened, made = filled(tmp_path / "s", CODECS[name])
     ids = [record_id(record.sequence) for record in made]
-    batches = [ids[:3], ids[3:4], [], ids[5:], ids[:1]]
-    for ahead in (1, 2, 50):
+    batches = [[], ids[:3], ids[3:4], [], ids[5:], ids[:1]]
+    for ahead, together in ((1, 1), (2, 5), (50, 12), (2, 8192)):
+        monkeypatch.setattr(store, "_ROWS_TOGETHER", together)
         streamed = list(opened.batches(batches, ahead))
-        assert [sequences for sequences, _ in streamed] == [
-            [record.sequence for record in made if record_id(record.sequence) in batch] for batch in batches
-        ]
-        whole = concatenate([part for _, part in streamed])
-        assert_same(whole, opened.read([one for batch in batches for one in batch])[1])
+        assert len(streamed) == len(batches)
+        for batch, (sequences, part) in zip(batches, streamed, strict=True):
+            assert sequences == [record.sequence for record in made if record_id(record.sequence) in batch]
+            assert_same(part, opened.read(batch)[1])
 
 
 def assert_same(one: object, other: object) -> None:

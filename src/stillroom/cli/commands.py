@@ -14,6 +14,7 @@ from stillroom import runs
 from stillroom.cli import view
 from stillroom.core import durable
 from stillroom.core.errors import RunError
+from stillroom.core.launch import launched
 from stillroom.runs import publishing
 from stillroom.runs.directory import Run
 from stillroom.runs.recipe import Recipe
@@ -50,7 +51,9 @@ def stage(recipe: Path, out: Path | None, until: str, needs: str | None = None) 
 
 
 def finish(run: Run) -> None:
-    """Prints the main figures of a finished run, and where its files are."""
+    """Prints the main figures of a finished run, and where its files are; once, of several processes."""
+    if launched().rank > 0:
+        return
     output().print(view.report_page(run.report))
     output().print(f"Report   {run.page_path}\nStudent  {run.student_path}", soft_wrap=True, highlight=False)
 

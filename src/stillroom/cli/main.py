@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +14,7 @@ import stillroom
 from stillroom.cli.later import Later
 from stillroom.cli.terms import app as terms
 from stillroom.core.errors import StillroomError
+from stillroom.core.launch import EndedElsewhere, launched
 
 if TYPE_CHECKING:
     from stillroom.cli import commands
@@ -32,6 +34,9 @@ def _typer() -> typer.Typer:
 
 
 app = _typer()
+
+# The commands that several processes do together; any other is done by the first alone.
+_TOGETHER = ("run", "collect", "train", "evaluate", "report")
 
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (YAML); `stillroom init` writes one.")]
 OutOption = Annotated[Path | None, typer.Option("--out", help="Run directory; by default runs/NAME beside where you are.")]
@@ -125,11 +130,17 @@ def version() -> None:
 
 def main() -> None:
     """Runs the command line; every StillroomError becomes its text on standard error and its exit code."""
+    if launched().rank > 0 and not set(sys.argv[1:2]) & set(_TOGETHER):
+        return
     try:
         # A command that ends with typer.Exit hands its exit code back; the others hand back nothing.
         code = _app_for(sys.argv[1:])(standalone_mode=False)
     except StillroomError as error:
         _errors().print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+    except EndedElsewhere as error:
+        # torchrun ends all when it sees one end; the process that says why should have said it by then.
+        time.sleep(1.0)
         sys.exit(error.exit_code)
     except typer.Abort:
         sys.exit(130)

@@ -117,9 +117,10 @@ def plan_page(plan: Plan) -> RenderableType:
     table.add_row("signal", f"{signal.kind}{' (live)' if signal.live else ''}, {signal.bytes_per_token} bytes a token: {signal.why}")
     table.add_row("objective", f"{plan.objective}; {plan.steps:,} steps, {plan.epochs:.1f} epochs")
     hardware = plan.hardware
-    table.add_row(
-        "hardware", f"{hardware.device}, {hardware.dtype}, {hardware.threads} threads, micro-batches of {hardware.micro_batch}: {hardware.why}"
-    )
+    teacher = "" if hardware.teacher_dtype == hardware.dtype else f" (teacher {hardware.teacher_dtype})"
+    packed = f"; sequences of {' and '.join(hardware.packing)} end to end" if hardware.packing else ""
+    where = f"{hardware.device}, {hardware.dtype}{teacher}, {hardware.threads} threads"
+    table.add_row("hardware", f"{where}, micro-batches of {hardware.micro_batch}{packed}: {hardware.why}")
     estimate = plan.estimate
     stages = ", ".join(f"{name} {_duration(seconds)}" for name, seconds in estimate.seconds.items() if seconds)
     table.add_row("time", f"about {_duration(sum(estimate.seconds.values()))}: {stages}")

@@ -25,6 +25,10 @@ class StopRequest:
         """True once a signal has come."""
         return self._asked
 
+    def ask(self) -> None:
+        """As if a signal had come: it came to another process of the run."""
+        self._asked = True
+
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):

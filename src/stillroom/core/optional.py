@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from importlib.util import find_spec
 from types import ModuleType
 
 from stillroom.core.errors import StillroomError
@@ -16,6 +17,16 @@ def load(module: str, *, extra: str) -> ModuleType:
         missing = (error.name or "").split(".")[0]
         if missing in ("", "stillroom"):
             raise
-        raise StillroomError(
-            "missing-extra", found=f"no package `{missing}`", expected=f"the extra `{extra}`", do=f"Install it: pip install 'stillroom[{extra}]'"
-        ) from error
+        raise _missing(missing, extra) from error
+
+
+def require(module: str, *, extra: str) -> None:
+    """Raises like `load` where `module`, a top-level package, is not installed; imports nothing."""
+    if find_spec(module) is None:
+        raise _missing(module, extra)
+
+
+def _missing(package: str, extra: str) -> StillroomError:
+    return StillroomError(
+        "missing-extra", found=f"no package `{package}`", expected=f"the extra `{extra}`", do=f"Install it: pip install 'stillroom[{extra}]'"
+    )

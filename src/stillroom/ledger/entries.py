@@ -19,7 +19,7 @@ In a "collect" entry, what was learned from whom:
     prompt         commitment to the prompt: its text in UTF-8; chat messages as canonical JSON
     output         commitment to what the teacher wrote, likewise
     prompt_source  {name, sha256}: the file (its name and digest) or the dataset (its id; sha256 null)
-    signal         "text" | "top_k" | "hidden" | "full": what was taken of the teacher's distributions
+    signal         "text" | "drawn" | "top_k" | "hidden" | "full": what was taken of the teacher's distributions
     teacher        {kind, source, revision, weights_sha256, licence}: fields of ModelRef, of a directory only its last name; what is not known is null
     sampling       {temperature, top_p, max_new_tokens, seed}; top_p null where it was not limited, seed as decimal digits in a text
     access         {path: "local" | "self-hosted" | "api", endpoint, account}: how the teacher was reached; account is a pseudonym
@@ -99,7 +99,7 @@ class Circumstances:
     teacher: ModelRef
     sampling: Sampling
     prompt_source: PromptSource
-    signal: Literal["text", "top_k", "hidden", "full"]
+    signal: Literal["text", "drawn", "top_k", "hidden", "full"]
     terms: tuple[str, ...]
     decision: str
     access: Access = Access()

@@ -1,4 +1,4 @@
-"""Sequences of unequal length as one rectangle.
+"""Sequences of unequal length as one rectangle, or as one line.
 
 Right padding under causal attention: a scored row never sees what comes after it, so no attention mask is needed and the padding's id does
 not matter. B sequences, T positions, R scored rows.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
@@ -32,6 +33,31 @@ def pack_rectangle(sequences: Sequence[TokenSequence], device: torch.device) -> 
         ids[index, : len(part)] = torch.tensor(part, dtype=torch.int64)
     rows = [index * width + row for index, rows_of in enumerate(scored) for row in rows_of]
     return Rectangle(ids.to(device), torch.tensor(rows, dtype=torch.int64, device=device))
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """Sequences end to end, the shortest first: `ids_1T` and `positions_1T` (int64), `rows_R` (int64) the scored rows as indices into T, in the order that
+    the sequences were given in, and `lengths`, ascending, which sum to T.
+    """
+
+    ids_1T: torch.Tensor
+    positions_1T: torch.Tensor
+    rows_R: torch.Tensor
+    lengths: tuple[int, ...]
+
+
+def lay_end_to_end(sequences: Sequence[TokenSequence], device: torch.device) -> Line:
+    """Every sequence up to its own last scored row; one without any is left out. Where none has any, one token stands for them."""
+    scored = [sequence.scored_rows for sequence in sequences]
+    order = sorted((index for index, rows in enumerate(scored) if rows), key=lambda index: scored[index][-1])
+    lengths = [scored[index][-1] + 1 for index in order]
+    starts = dict(zip(order, accumulate(lengths, initial=0), strict=False))
+    ids = [token for index, length in zip(order, lengths, strict=True) for token in sequences[index].ids[:length]]
+    positions = [position for length in lengths for position in range(length)]
+    rows = [starts[index] + row for index, rows_of in enumerate(scored) for row in rows_of]
+    ids_1T, positions_1T, rows_R = (torch.tensor(numbers, dtype=torch.int64).to(device) for numbers in (ids or [0], positions or [0], rows))
+    return Line(ids_1T[None], positions_1T[None], rows_R, tuple(lengths) or (1,))
 
 
 def left_padded(prompts: Sequence[TokenIds], pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:

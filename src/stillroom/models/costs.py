@@ -14,11 +14,14 @@ from functools import partial
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from stillroom.models.adapters import LoraSettings, add_lora
+from stillroom.models.arithmetic import recompute_layers
 from stillroom.models.loading import body_of, head_of
-from stillroom.models.local import head_log_probs, head_top_k
+from stillroom.models.local import head_draws, head_log_probs, head_top_k
 from stillroom.models.probing import Cost, Meter, Pattern, copy_of
 from stillroom.models.rollouts import choose_tokens
-from stillroom.models.student import OptimiserSettings, adamw
+from stillroom.models.student import OptimiserSettings, optimiser_of
+from stillroom.objectives.fused import linear_head
 from stillroom.objectives.matching import new_projections
 from stillroom.objectives.objective import Objective, backward_chunked
 from stillroom.targets.kinds import DrawnTargets, FullTargets, HiddenTargets, Targets, TeacherHead, TextTargets, TopKTargets
@@ -33,7 +36,7 @@ _PROBE_WRITERS = 64
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadingCosts:
     """A whole model that reads and writes, without gradients. A pass takes call + tokens x token; one more token for each of B sequences takes
-    step + B x each. `distribution` is one row of log-probabilities, `top_k` what picking the most probable of it takes besides.
+    step + B x each. `distribution` is one row of log-probabilities, `picking` one row of what a store keeps of them.
     """
 
     call_seconds: float
@@ -41,7 +44,7 @@ class ReadingCosts:
     step_seconds: float
     each_seconds: float
     distribution_seconds: float
-    top_k_seconds: float
+    picking_seconds: float
     cache_bytes: float
     """Keys and values of one token, all layers."""
     layer_bytes: float
@@ -50,7 +53,7 @@ class ReadingCosts:
     """What lives beside weights and cache while a layer reads, for each token."""
     distribution_bytes: float
     """What lives of a row while its log-probabilities are made, themselves included."""
-    top_k_bytes: float
+    picking_bytes: float
     """The same while the most probable are picked as well."""
 
     def reading(self, tokens: float) -> float:
@@ -80,6 +83,8 @@ class LearningCosts:
     """What lives of one row of a chunk while it goes through head, objective and back."""
     head_bytes: float
     """What lives besides, whatever the number of rows: the head's gradient before it is added."""
+    fused: bool
+    """Whether the head goes through `objectives.fused`, which bounds the rows of a chunk itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +111,7 @@ class _AtDepths:
 
 
 def reading_costs(
-    pattern: Pattern, size: int, *, batch: int, tokens: float, temperature: float, k: int, dtype: torch.dtype, meter: Meter
+    pattern: Pattern, size: int, *, batch: int, tokens: float, temperature: float, kind: str, k: int, dtype: torch.dtype, meter: Meter
 ) -> ReadingCosts:
     """Measures passes over prompts and steps of up to `batch` sequences with caches of `tokens` tokens; `size` is the number of real tokens."""
     width = _fitting_width(pattern, tokens)
@@ -119,19 +124,19 @@ def reading_costs(
     alone = one_step.whole(pattern, of_rest=more)
     # A sequence of a large batch takes no less than a token of a large pass.
     each = max(token, (steps.whole(pattern, of_rest=more) - alone) / (writers - 1))
-    distribution, picked = _distributions(pattern, size, k, dtype, meter)
+    distribution, picked = _distributions(pattern, size, kind, k, dtype, meter)
     return ReadingCosts(
         call_seconds=max(0.0, one_pass.whole(pattern) - width * token),
         token_seconds=token,
         step_seconds=max(0.0, alone - each),
         each_seconds=each,
         distribution_seconds=distribution.seconds * more,
-        top_k_seconds=max(0.0, picked.seconds - distribution.seconds) * more,
+        picking_seconds=picked.seconds * more,
         cache_bytes=kept.layer * pattern.layers * pattern.widening,
         layer_bytes=kept.layer * pattern.widening,
         working_bytes=working.one * pattern.widening,
         distribution_bytes=distribution.peak_bytes * more / pattern.widening,
-        top_k_bytes=picked.peak_bytes * more / pattern.widening,
+        picking_bytes=picked.peak_bytes * more / pattern.widening,
     )
 
 
@@ -149,13 +154,18 @@ def _read_at(model: PreTrainedModel, many: int, writers: int, width: int, temper
     )
 
 
-def _distributions(pattern: Pattern, size: int, k: int, dtype: torch.dtype, meter: Meter) -> tuple[Cost, Cost]:
-    """What one row of log-probabilities takes, and with the most probable picked; over the copies' part of the vocabulary."""
+def _distributions(pattern: Pattern, size: int, kind: str, k: int, dtype: torch.dtype, meter: Meter) -> tuple[Cost, Cost]:
+    """What one row of log-probabilities takes, and of ids picked or drawn; over the copies' part of the vocabulary."""
     model = copy_of(pattern, 1, dtype, meter.device)
     rows, size = _PROBE_LOGITS // pattern.rows, min(size, pattern.rows)
     states_RD = torch.zeros((rows, _width(model)), device=meter.device)
     distribution = meter.cost(lambda: head_log_probs(model, states_RD, size, 1.0))
-    picked = meter.cost(lambda: head_top_k(model, states_RD, size, min(k, size), 1.0)) if k else distribution
+    picked = distribution
+    if kind == "top_k":
+        picked = meter.cost(lambda: head_top_k(model, states_RD, size, min(k, size), 1.0))
+    elif kind == "drawn":
+        places_RN = torch.rand((rows, k), dtype=torch.float64, device=meter.device)
+        picked = meter.cost(lambda: head_draws(model, states_RD, size, places_RN, 1.0))
     return distribution.per(rows), picked.per(rows)
 
 
@@ -221,15 +231,24 @@ def learning_costs(
     tokens: float,
     rows_per_chunk: int,
     dtype: torch.dtype,
+    recomputed: bool,
     meter: Meter,
+    lora: LoraSettings | None = None,
+    offload: bool = False,
 ) -> LearningCosts:
-    """Measures forward and backward through the body, through the head with the objective, and an optimiser step."""
+    """Measures forward and backward through the body, through the head with the objective, and an optimiser step, of what is learned.
+
+    `recomputed`: layers are computed again for their gradient, as `arithmetic.recompute_layers` has it.
+    """
     width = _fitting_width(pattern, tokens)
     batch = _fitting_batch(pattern, micro_batch, width)
-    depths = [_learn_at(copy_of(pattern, depth, torch.float32, meter.device), batch, width, dtype, meter) for depth in (1, 2)]
+    copies = [_learner(pattern, depth, meter.device, lora) for depth in (1, 2)]
+    for copy in copies if recomputed else []:
+        recompute_layers(copy)
+    depths = [_learn_at(copy, batch, width, dtype, meter, offload) for copy in copies]
     passes, one_pass, optimiser, kept, kept_always, beside, beside_always = (_AtDepths(one, two) for one, two in zip(*depths, strict=True))
     of_states = replace(pattern, scale=1.0)  # the bytes of a layer's states do not grow with its parameters
-    model = copy_of(pattern, 1, torch.float32, meter.device)
+    model = _learner(pattern, 1, meter.device, lora)
     rows = max(2, min(rows_per_chunk, _PROBE_LOGITS // pattern.rows))
     through_head = partial(_head_and_back, model, objective, kind, min(k, pattern.rows), teacher_width, min(size, pattern.rows), dtype)
     through_head(rows)()  # from now on there is a gradient to add to
@@ -248,10 +267,17 @@ def learning_costs(
         fixed_bytes=kept_always.whole(pattern) + max(0.0, beside_always.one, beside_always.two) * pattern.scale,
         row_bytes=row_bytes * more,
         head_bytes=max(0.0, head.peak_bytes - row_bytes * rows) * more * pattern.widening,
+        fused=meter.device.type == "cpu" and dtype == torch.float32 and linear_head(head_of(model)) is not None,
     )
 
 
-def _learn_at(model: PreTrainedModel, batch: int, width: int, dtype: torch.dtype, meter: Meter) -> tuple[float, ...]:
+def _learner(pattern: Pattern, depth: int, device: torch.device, lora: LoraSettings | None) -> PreTrainedModel:
+    """A copy that learns as the student does; a stand-in has other layers than those that are named."""
+    model = copy_of(pattern, depth, torch.float32, device)
+    return model if lora is None else add_lora(model, replace(lora, targets=None) if pattern.stands_in else lora)
+
+
+def _learn_at(model: PreTrainedModel, batch: int, width: int, dtype: torch.dtype, meter: Meter, offload: bool) -> tuple[float, ...]:
     """Seconds of a micro-batch and of one sequence, and of the optimiser for each parameter; then bytes: kept of each token and whatever their number
     (weights in another dtype), and what lives beside them, likewise (a layer's gradient before it is added).
     """
@@ -267,7 +293,7 @@ def _learn_at(model: PreTrainedModel, batch: int, width: int, dtype: torch.dtype
     return (
         meter.seconds(partial(_learn, model, batch, width, dtype)),
         meter.seconds(partial(_learn, model, 1, width, dtype)),
-        _optimiser_seconds(model, meter),
+        _optimiser_seconds(model, meter, offload),
         kept_each,
         kept[1] - kept_each * batch * width,
         beside_each,
@@ -348,10 +374,10 @@ def _targets(kind: str, rows: int, size: int, k: int, teacher_width: int, temper
             return TextTargets(vocabulary="", token_ids_R=torch.zeros(rows, dtype=torch.int64, device=device))
 
 
-def _optimiser_seconds(model: PreTrainedModel, meter: Meter) -> float:
-    """Clipping and one AdamW step, for each parameter."""
-    parameters = list(model.parameters())
-    optimiser = adamw(parameters, OptimiserSettings())
+def _optimiser_seconds(model: PreTrainedModel, meter: Meter, offload: bool) -> float:
+    """Clipping and one AdamW step, for each parameter that is learned."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimiser = optimiser_of(parameters, OptimiserSettings(offload=offload), meter.device)
     for parameter in parameters:
         parameter.grad = torch.full_like(parameter, 1e-3)
 

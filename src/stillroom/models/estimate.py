@@ -19,9 +19,11 @@ from typing import TypeVar
 
 import torch
 
+from stillroom.models.adapters import LoraSettings
 from stillroom.models.costs import LearningCosts, ReadingCosts, learning_costs, reading_costs
-from stillroom.models.local import COMPARED_AT_ONCE, VALUES_AT_ONCE
+from stillroom.models.local import COMPARED_AT_ONCE, DRAWN_AT_ONCE, VALUES_AT_ONCE
 from stillroom.models.probing import Meter, Outline, Pattern, as_in_a_run, pattern_of, stand_in
+from stillroom.objectives.fused import rows_that_fit
 from stillroom.objectives.objective import Objective
 
 C = TypeVar("C")
@@ -51,6 +53,11 @@ _RECORD_BYTES, _TOKEN_BYTES = 1_500, 36  # a record and each of its tokens, whil
 # live bytes at the peaks of stages, by VmHWM and LiveBytes: learning 1.7 (demo), 1.6 (wide), 1.5 (live), 1.4 (deep); reading and writing 1.1 to 2.1, the
 # same batch in a fresh process or after others; 1.0 with every block mapped, which is 40 % slower.
 _HEAP_BLOCK_BYTES, _GAPS = 2**25, 1.7
+# The tables that drawn targets are coded with, for each id of the vocabulary: while they are read with, and while the first shard makes them. By VmHWM at
+# V = 151,936.
+_PRIOR_BYTES, _FIRST_PRIOR_BYTES = 530, 950
+# Of a batch that writes: 1.2 to 1.3 (live) and 1.8 (demo) at the peak of collecting, which is that of a whole run where training pads nothing.
+_WRITING_GAPS = 1.45
 
 # As in runs.collecting: prompts that are answered and stored together.
 _PART = 512
@@ -73,6 +80,7 @@ class LabelOnlyWork:
 class Workload:
     """A run in the numbers that decide what it takes. `prompt_tokens` and `answer_tokens` are lengths of a sample, in no particular order.
 
+    `packing` names the models whose sequences are laid end to end; `recomputed` says that the student's layers are computed again for their gradient.
     `row_bytes` is what a store keeps of a scored row; `mapped_bytes` the size of the teacher's files where they are not in the dtype it runs in.
     """
 
@@ -83,6 +91,10 @@ class Workload:
     objective: Objective
     device: torch.device
     dtype: torch.dtype
+    teacher_dtype: torch.dtype
+    teacher_int8: bool
+    packing: tuple[str, ...]
+    recomputed: bool
     threads: int
     prompts: int
     prompt_tokens: tuple[int, ...]
@@ -107,6 +119,27 @@ class Workload:
     label_only: LabelOnlyWork | None
     items: int
     fidelity_prompts: int
+    trainable: int | None = None
+    lora: LoraSettings | None = None
+    optimiser_offload: bool = False
+
+    @property
+    def learned(self) -> int:
+        """Parameters with a gradient and an optimiser's state."""
+        return self.student.parameters if self.trainable is None else self.trainable
+
+    @property
+    def teacher_bytes(self) -> float:
+        """The teacher's weights: where layers are kept in eight bits, embeddings and head are not."""
+        if not self.teacher_int8:
+            return self.teacher.parameters * self.teacher_dtype.itemsize
+        shape = self.teacher.shape
+        whole = (1 if shape.tied_embeddings else 2) * shape.rows * shape.width
+        return self.teacher.parameters + whole * (self.teacher_dtype.itemsize - 1)
+
+    @property
+    def whole_mean(self) -> float:
+        return self.prompt_mean + self.answer_mean
 
     @property
     def prompt_mean(self) -> float:
@@ -160,7 +193,7 @@ def measure(work: Workload) -> Measured:
     """Probes this machine for a second or two, with copies of at most two layers. torch is left as it was."""
     with as_in_a_run(work.threads):
         meter = Meter(work.device)
-        teacher, teacher_stands_in = _probed(work.teacher, work.dtype.itemsize, work.device, partial(_teacher_costs, work, meter))
+        teacher, teacher_stands_in = _probed(work.teacher, work.teacher_dtype.itemsize, work.device, partial(_teacher_costs, work, meter))
         student, student_stands_in = _probed(work.student, 4, work.device, partial(_student_costs, work, meter))
         # Weights, gradients and AdamW's two moments.
         learning, learning_stands_in = _probed(work.student, 16, work.device, partial(_learning_costs, work, meter))
@@ -193,8 +226,9 @@ def _teacher_costs(work: Workload, meter: Meter, pattern: Pattern) -> ReadingCos
         batch=min(work.teacher_at_once, work.prompts),
         tokens=work.prompt_mean + work.answer_mean / 2,
         temperature=work.sampling_temperature if work.written else 0.0,
-        k=work.k if work.target_kind == "top_k" else 0,
-        dtype=work.dtype,
+        kind=work.target_kind,
+        k=work.k,
+        dtype=work.teacher_dtype,
         meter=meter,
     )
 
@@ -206,6 +240,7 @@ def _student_costs(work: Workload, meter: Meter, pattern: Pattern) -> ReadingCos
         batch=min(work.teacher_at_once, max(work.items, _TIMED_BATCH)),
         tokens=work.prompt_mean + work.answer_mean / 2,
         temperature=0.0,
+        kind="hidden",
         k=0,
         dtype=work.dtype,
         meter=meter,
@@ -224,7 +259,10 @@ def _learning_costs(work: Workload, meter: Meter, pattern: Pattern) -> LearningC
         tokens=work.prompt_mean + work.answer_mean,
         rows_per_chunk=work.rows_per_chunk,
         dtype=work.dtype,
+        recomputed=work.recomputed,
         meter=meter,
+        lora=work.lora,
+        offload=work.optimiser_offload,
     )
 
 
@@ -307,21 +345,25 @@ class _Seconds:
         """The teacher's targets for so many sequences."""
         work, teacher = self.work, self.found.teacher
         rows = sequences * work.answer_mean
-        each = {"hidden": 0.0, "top_k": teacher.distribution_seconds + teacher.top_k_seconds, "full": teacher.distribution_seconds}
-        return self._read(teacher, sequences) + rows * each.get(work.target_kind, 0.0)
+        each = {"drawn": teacher.picking_seconds, "top_k": teacher.picking_seconds, "full": teacher.distribution_seconds}
+        return self._read(teacher, sequences, "teacher") + rows * each.get(work.target_kind, 0.0)
 
-    def _read(self, model: ReadingCosts, sequences: float) -> float:
+    def _read(self, model: ReadingCosts, sequences: float, whose: str) -> float:
         work = self.work
         groups = max(1, math.ceil(sequences / work.teacher_at_once))
+        if whose in work.packing:
+            return groups * model.reading(sequences / groups * work.whole_mean)
         widths = _widths(work.whole_tokens, min(sequences, work.teacher_at_once * groups), groups)
         return sum(model.reading(sequences / groups * width) for width in widths)
 
     def _micro_steps(self, sequences: float, micro_batch: float, window: int) -> float:
-        """Forward and backward of one optimiser step: the steps of a window are sorted by length and cut into micro-batches as wide as their longest."""
+        """Forward and backward of one optimiser step: the steps of a window are sorted by length and cut into micro-batches, which are as wide as their
+        longest where they are padded.
+        """
         learning = self.found.learning
         count = math.ceil(sequences / micro_batch)
         widths = _widths(self.work.whole_tokens, sequences * window, count * window)
-        tokens = sequences * sum(widths) / len(widths)
+        tokens = sequences * (self.work.whole_mean if "student" in self.work.packing else sum(widths) / len(widths))
         rows = sequences * self.work.answer_mean
         return count * learning.call_seconds + tokens * learning.token_seconds + rows * learning.row_seconds + self._batches(sequences)
 
@@ -329,7 +371,7 @@ class _Seconds:
         return self.found.python * sequences * _BATCHED_SECONDS
 
     def _optimiser(self) -> float:
-        return self.work.student.parameters * self.found.learning.parameter_seconds + self.found.python * _STEP_SECONDS
+        return self.work.learned * self.found.learning.parameter_seconds + self.found.python * _STEP_SECONDS
 
     def _validation(self, sequences: float) -> float:
         """Scored without gradients, in whatever order the records are."""
@@ -337,13 +379,13 @@ class _Seconds:
             return 0.0
         learning, work = self.found.learning, self.work
         groups = math.ceil(sequences / _VALIDATED_AT_ONCE)
-        width = _widths(work.whole_tokens, sequences / groups, 1)[0]
+        width = work.whole_mean if "student" in work.packing else _widths(work.whole_tokens, sequences / groups, 1)[0]
         # Forward alone is a third of forward and backward.
         passes = groups * learning.call_seconds + sequences * (width * learning.token_seconds + work.answer_mean * learning.row_seconds)
         return passes / 3 + self._batches(sequences)
 
     def _checkpoint(self) -> float:
-        return 12 * self.work.student.parameters / _WRITTEN_BYTES_A_SECOND + self.found.python * _CHECKPOINT_SECONDS
+        return 12 * self.work.learned / _WRITTEN_BYTES_A_SECOND + self.found.python * _CHECKPOINT_SECONDS
 
     def _compared(self) -> float:
         """Fidelity: the teacher answers, both models read, and every probability is compared."""
@@ -352,7 +394,7 @@ class _Seconds:
         rows = prompts * work.answer_mean
         written = self._answers(teacher, prompts, prompts, work.prompt_tokens) if work.items else 0.0
         distributions = rows * (teacher.distribution_seconds + student.distribution_seconds + self.found.python * work.size * _COMPARED_SECONDS)
-        return written + self._read(teacher, prompts) + self._read(student, prompts) + distributions
+        return written + self._read(teacher, prompts, "teacher") + self._read(student, prompts, "evaluated") + distributions
 
     def _timed(self, model: ReadingCosts) -> float:
         """Speed, latency, and the answers of the process whose memory is measured."""
@@ -394,13 +436,13 @@ class _Bytes:
 
     def __init__(self, work: Workload, found: Measured) -> None:
         self.work, self.found = work, found
-        self.element = work.dtype.itemsize
-        self.teacher = work.teacher.parameters * self.element
+        self.element, self.teacher_element = work.dtype.itemsize, work.teacher_dtype.itemsize
+        self.teacher = work.teacher_bytes
         self.on_cpu = work.device.type == "cpu"
         # The longest there is sets the peak.
         self.longest_prompt, self.longest_answer = max(work.prompt_tokens), max(work.answer_tokens)
         self.rows_stored = 0 if work.live or work.target_kind == "text" else work.prompts * work.answer_mean
-        self.head = work.size * work.teacher.shape.width * 4 if work.target_kind == "hidden" else 0
+        self.head = work.size * work.teacher.shape.width * self.teacher_element if work.target_kind == "hidden" else 0
         self.prompt_bytes = work.prompts * _PROMPT_BYTES
 
     def collect(self) -> float:
@@ -408,41 +450,49 @@ class _Bytes:
         part = min(_PART, work.prompts)
         batch = min(work.teacher_at_once, part)
         rows = part * work.answer_mean
-        phases = [float(work.mapped_bytes) if self.on_cpu else 0.0]
+        # Files that are mapped while another dtype is made of them; weights that are whole until they are kept in eight bits.
+        phases = [float(work.mapped_bytes) if self.on_cpu else 0.0, work.teacher.parameters * self.teacher_element - self.teacher]
         if work.written:
-            phases.append(self._writing(teacher, batch, work.sampling_temperature))
+            phases.append(self._writing(teacher, batch, work.sampling_temperature, self.teacher_element))
         if self.rows_stored:
             # The states of a part, and the same laid end to end; then what is kept of them, as records, columns and file.
             states = rows * work.teacher.shape.width * 4
-            phases.append(states + max(states, self._reading(teacher, work.teacher, batch)))
-            phases.append(5 * rows * work.row_bytes + (self.head if self.element != 4 else 0))
-            if work.target_kind == "top_k":
-                values = min(rows, max(1, VALUES_AT_ONCE // work.size))
-                picking = self._resident(values * teacher.top_k_bytes, values * work.size * 4)
-                phases.append(states + picking + rows * work.row_bytes)
+            phases.append(states + max(states, self._reading(teacher, work.teacher, batch, "teacher")))
+            # Drawn ids are in float64 places and int64 ids, and then sorted, before they are counted.
+            kept = rows * (32 * work.k if work.target_kind == "drawn" else work.row_bytes)
+            phases.append(5 * rows * work.row_bytes + self._prior(_FIRST_PRIOR_BYTES))
+            if work.target_kind in ("drawn", "top_k"):
+                at_once = DRAWN_AT_ONCE if work.target_kind == "drawn" else VALUES_AT_ONCE
+                values = min(rows, max(1, at_once // work.size))
+                picking = self._resident(values * teacher.picking_bytes, values * work.size * 4)
+                phases.append(states + picking + kept)
         return self._process(self.teacher + max(phases), work.prompts * _COLLECTED_BYTES)
 
     def train(self) -> float:
         work, learning = self.work, self.found.learning
-        weights = 4.0 * work.student.parameters
+        weights, gradients = 4.0 * work.student.parameters, 4.0 * work.learned
         micro_steps = math.ceil(work.sequences_per_step / work.micro_batch)
-        tokens = work.micro_batch * self._longest()
+        tokens = work.micro_batch * self._length(work.micro_batch, work.sequences_per_step * work.length_window, "student")
         rows = work.micro_batch * work.answer_mean
         # The feed-forward layer's are the largest blocks of a body, the logits those of a head.
         block = tokens * work.student.shape.feed_forward * 4
         kept, working = (self._resident(tokens * each, block) for each in (learning.kept_bytes, learning.working_bytes))
         chunk_rows = min(rows, work.rows_per_chunk)
+        if learning.fused:
+            chunk_rows = min(chunk_rows, rows_that_fit(work.size, work.target_kind == "hidden", torch.float32))
         chunk = self._resident(chunk_rows * learning.row_bytes, chunk_rows * work.size * 4) + learning.head_bytes
         targets = rows * self._target_bytes()
         # With one micro-batch, gradients come to be as what was kept for them goes.
-        before, after = (weights, weights) if micro_steps > 1 else (0.0, weights)
+        before, after = (gradients, gradients) if micro_steps > 1 else (0.0, gradients)
         passing = learning.fixed_bytes + max(before + kept + targets + max(chunk, working), after + working)
         teacher = self.teacher if work.from_teacher or (work.live and work.target_kind != "text") else 0.0
         asking = 0.0
         if work.live and work.target_kind != "text":
-            asking = self._reading(self.found.teacher, work.teacher, work.micro_batch) + 3 * targets + before
+            asking = self._reading(self.found.teacher, work.teacher, work.micro_batch, "teacher") + 3 * targets + before
         # Weights and AdamW's two moments; the head of stored states is read from its file and copied once.
-        tensors = 3 * weights + max(passing, asking, weights) + teacher + (self.head if self.rows_stored else 0)
+        moments = 0.0 if work.optimiser_offload and not self.on_cpu else 2 * gradients
+        heads = (self.head if self.rows_stored else 0) + self._prior(_PRIOR_BYTES)
+        tensors = weights + moments + max(passing, asking, gradients) + teacher + heads
         files = self._mapped() + (self.head if self.rows_stored else 0)
         return self._process(tensors, work.prompts * (_RECORD_BYTES + _TOKEN_BYTES * (work.prompt_mean + work.answer_mean)) + files)
 
@@ -453,47 +503,62 @@ class _Bytes:
         writing = 0.0
         if work.items:
             batch = min(work.teacher_at_once, work.items)
-            writing = max(self._writing(teacher, batch, 0.0), self._writing(student, batch, 0.0) + 4 * work.student.parameters)
+            writing = self._writing(student, batch, 0.0, self.element) + 4 * work.student.parameters
+            writing = max(writing, self._writing(teacher, batch, 0.0, self.teacher_element))
         # Both models' distributions over a chunk of sequences, as fidelity holds them, one of them in the making.
         sequences = max(1.0, min(work.teacher_at_once, work.compared, VALUES_AT_ONCE // (longest * work.size)))
         rows = sequences * work.answer_mean
         making = rows * (work.size * 4 + student.distribution_bytes)
         values = min(rows * work.size, COMPARED_AT_ONCE)
         comparing = 2 * rows * work.size * 4 + self._resident(7 * values * 8, values * 8)
-        reading = max(self._reading(teacher, work.teacher, sequences), self._reading(student, work.student, sequences))
+        reading = max(self._reading(teacher, work.teacher, sequences, "teacher"), self._reading(student, work.student, sequences, "evaluated"))
         tensors = self.teacher + weights + max(writing, making, comparing, reading, work.mapped_bytes if self.on_cpu else 0)
         files = 0.0 if work.items else self._mapped()
         return self._process(tensors, files + (self.head if self.rows_stored else 0) + work.items * 4 * _RECORD_BYTES)
 
-    def _longest(self) -> int:
-        return self.work.whole_tokens[-1]
+    def _length(self, batch: float, sorted_together: float, whose: str) -> float:
+        """Tokens that a sequence of the largest batch takes: of a padded batch, those of the longest there is. Of one laid end to end the mean of so many
+        from the upper end of what is sorted together, and three standard deviations more, since a run has many batches.
+        """
+        lengths = self.work.whole_tokens
+        if whose not in self.work.packing:
+            return lengths[-1]
+        share = min(1.0, batch / max(1.0, sorted_together))
+        upper = lengths[min(len(lengths) - 1, math.floor((1 - share) * len(lengths))) :]
+        mean = sum(upper) / len(upper)
+        deviation = math.sqrt(sum((length - mean) ** 2 for length in upper) / len(upper) / max(1.0, batch))
+        return min(lengths[-1], mean + 3 * deviation)
 
-    def _writing(self, model: ReadingCosts, batch: float, temperature: float) -> float:
+    def _writing(self, model: ReadingCosts, batch: float, temperature: float, element: int) -> float:
         """The cache of a batch when it is largest, and a layer at work on it; sampling noise is a few times the logits."""
         work = self.work
         taking_part = _active(work.answer_tokens, batch)
         cached = max(active * (self.longest_prompt + step + 1) for step, active in enumerate(taking_part))
         reading = batch * self.longest_prompt * (model.cache_bytes + model.working_bytes)
-        logits = batch * work.size * (4 * 5 if temperature > 0 else self.element)
+        logits = batch * work.size * (4 * 5 if temperature > 0 else element)
         writing = cached * model.cache_bytes + max(2 * cached * model.layer_bytes, logits)
-        return self._resident(max(reading, writing), batch * self.longest_prompt * model.layer_bytes / 2)
+        return self._resident(max(reading, writing), batch * self.longest_prompt * model.layer_bytes / 2, _WRITING_GAPS)
 
-    def _reading(self, model: ReadingCosts, outline: Outline, sequences: float) -> float:
+    def _reading(self, model: ReadingCosts, outline: Outline, sequences: float, whose: str) -> float:
         """A layer at work on whole sequences, without a cache."""
-        tokens = sequences * self._longest()
+        tokens = sequences * self._length(sequences, sequences, whose)
         return self._resident(tokens * model.working_bytes, tokens * outline.shape.feed_forward * 4)
 
     def _target_bytes(self) -> float:
         """Of one scored row in a batch, while it is gathered or made."""
-        return self.work.size * 4 if self.work.target_kind == "full" else 3 * self.work.row_bytes
+        work = self.work
+        return {"full": work.size * 4, "drawn": 8 * work.k}.get(work.target_kind, 3 * work.row_bytes)
+
+    def _prior(self, bytes_each: float) -> float:
+        return self.work.size * bytes_each if self.rows_stored and self.work.target_kind == "drawn" else 0.0
 
     def _mapped(self) -> float:
         """The store's files: verified byte by byte when it is opened, so all of them are in memory."""
         return self.rows_stored * self.work.row_bytes
 
-    def _resident(self, live: float, block: float) -> float:
+    def _resident(self, live: float, block: float, gaps: float = _GAPS) -> float:
         """What live tensors take of the process when they are made of blocks of such a size."""
-        return live * _GAPS if self.on_cpu and block <= _HEAP_BLOCK_BYTES else live
+        return live * gaps if self.on_cpu and block <= _HEAP_BLOCK_BYTES else live
 
     def _process(self, tensors: float, others: float) -> float:
         return tensors + others + self.prompt_bytes + _BASE_BYTES if self.on_cpu else tensors

@@ -1,15 +1,16 @@
-"""A student as a plain Hugging Face directory, which needs nothing of Stillroom to be used."""
+"""A student as a plain Hugging Face directory, or as an adapter that `peft` loads: neither needs anything of Stillroom to be used."""
 
 from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from stillroom.core.durable import replace_directory, require_free_bytes, write_bytes_atomic
+from stillroom.models.adapters import save_adapter
 from stillroom.models.loading import silence
 from stillroom.models.tokenizers import Renderer
 
@@ -28,18 +29,47 @@ def export_student(
     tokenizer's, else the end token. Neither argument is changed. Raises ResourceError 'disk-full'.
     """
     weight_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    _export(model.save_pretrained, weight_bytes, tokenizer, directory, card_text, end_ids)
+
+
+def export_adapter(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    directory: Path,
+    card_text: str,
+    *,
+    base: str,
+    revision: str | None,
+    end_ids: Sequence[int] | None = None,
+) -> None:
+    """As `export_student`, with adapter_config.json and adapter_model.safetensors in place of configuration and weights: what models.adapters learned.
+
+    `base` is the directory or hub id of the model that the adapter belongs to, `revision` its commit on the hub.
+    """
+    weight_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters() if parameter.requires_grad)
+    _export(lambda partial: save_adapter(model, partial, base, revision), weight_bytes, tokenizer, directory, card_text, end_ids)
+
+
+def _export(
+    save_weights: Callable[[Path], object],
+    weight_bytes: int,
+    tokenizer: PreTrainedTokenizerFast,
+    directory: Path,
+    card_text: str,
+    end_ids: Sequence[int] | None,
+) -> None:
     require_free_bytes(directory, weight_bytes + _ROOM_BESIDE_WEIGHTS_BYTES, "the exported student")
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     with silence():
-        model.save_pretrained(partial)
+        save_weights(partial)
         _at_rest(tokenizer).save_pretrained(partial)
         _generation(tokenizer, end_ids).save_pretrained(partial)
     write_bytes_atomic(partial / "README.md", card_text.encode("utf-8"))
     # safetensors writes files that only their owner may read; whoever serves the student may be another user.
     for weights in partial.glob("*.safetensors"):
-        weights.chmod((partial / "config.json").stat().st_mode)
+        weights.chmod((partial / "tokenizer_config.json").stat().st_mode)
     replace_directory(partial, directory)
 
 

@@ -42,6 +42,9 @@ _NOT_FETCHED = ["*/*", "consolidated*"]
 _SCALES = {"logit_scale": False, "logits_scaling": True, "lm_head_multiplier": False}
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 _PROBE_IDS = 8
+# What the name of a model's attention begins with once `models.packing` stands before it. None of the names that transformers looks for ("flash",
+# "paged") are in it.
+PACKED = "stillroom_packed_"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -298,15 +301,13 @@ def load_model(description: ModelDescription, dtype: torch.dtype = torch.float32
     model = _from_pretrained(description.directory, description.config, dtype=dtype)
     nn.Module.to(model, device)
     model.eval()
-    _prove_split(model, description.source)
+    prove_split(model, description.source)
     return model
 
 
 def _from_pretrained(directory: Path, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
     """`transformers` initialises what a checkpoint lacks at random and only warns; here that is an error."""
-    # Gemma 2 caps its attention logits, which PyTorch's fused attention cannot do.
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        options["attn_implementation"] = "eager"
+    options |= _attention(config)
     # from_pretrained may write into the config it is given.
     own = type(config).from_dict(config.to_dict())
     with torch.random.fork_rng(devices=[]):
@@ -338,6 +339,11 @@ def _from_pretrained(directory: Path, config: PretrainedConfig, **options: Any) 
         )
     assert isinstance(model, PreTrainedModel)
     return model
+
+
+def _attention(config: PretrainedConfig) -> dict[str, str]:
+    # Gemma 2 caps its attention logits, which PyTorch's fused attention cannot do.
+    return {} if getattr(config, "attn_logit_softcapping", None) is None else {"attn_implementation": "eager"}
 
 
 def _guarded(what: Path, action: Callable[[], T]) -> T:
@@ -380,9 +386,10 @@ def silence() -> Iterator[None]:
             os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = advisory
 
 
-@torch.inference_mode()
-def _prove_split(model: PreTrainedModel, source: str) -> None:
-    """A few tokens through the model, and through its body and then its head: the same logits, and finite ones."""
+# Not in inference mode: the parameters that a student in parts fetches here for the first time are those that it learns with.
+@torch.no_grad()
+def prove_split(model: PreTrainedModel, source: str) -> None:
+    """A few tokens through the model, and through its body and then its head: the same logits, and finite ones. Raises as `load_model`."""
     rows = head_of(model).weight_VD.shape[0]
     ids_BT = (torch.arange(_PROBE_IDS, device=model.device) % rows)[None]
     with silence():
@@ -451,6 +458,25 @@ def skeleton_of(config: PretrainedConfig) -> PreTrainedModel:
     return model
 
 
+def empty_model(config: PretrainedConfig) -> PreTrainedModel:
+    """The float32 model of a configuration: parameters on the meta device, which have shapes and no memory, and buffers as the model computes them."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        # Parameters that are tied must stay one: what is there already is not made again.
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    try:
+        nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.float32, **_attention(config))
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
 def build_from_scratch(
     *, layers: int, width: int, heads: int, feed_forward: int, rows: int, context_length: int, end_id: int | None, pad_id: int | None, seed: int
 ) -> LlamaForCausalLM:
@@ -485,7 +511,7 @@ def build_from_teacher(teacher: PreTrainedModel | ModelDescription, layers: Sequ
         for new in place.get(int(index), ()):
             weights[f"{prefix}{new}.{rest}"] = tensor
     # Not written in a configuration, and not a matter of taste where a family caps its attention logits.
-    config._attn_implementation = model.config._attn_implementation
+    config._attn_implementation = own_attention(model.config)
     with torch.random.fork_rng(devices=[]):
         student = type(model)(config)
     student.float().eval()
@@ -517,6 +543,13 @@ def config_from_teacher(config: PretrainedConfig, layers: Sequence[int]) -> Pret
     chosen = type(config).from_dict(tree)
     assert isinstance(chosen, PretrainedConfig)
     return chosen
+
+
+def layers_of(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder's layers. Raises ModelError 'model-unsupported' where they are not one list."""
+    layers = model.get_submodule(_layers_prefix(model).removesuffix("."))
+    assert isinstance(layers, nn.ModuleList)
+    return layers
 
 
 def _layers_prefix(model: PreTrainedModel) -> str:
@@ -551,6 +584,12 @@ def body_of(model: PreTrainedModel) -> nn.Module:
     return body
 
 
+def own_attention(config: PretrainedConfig) -> str | None:
+    """The attention that a model came with, where `models.packing` has put its own before it."""
+    name = config._attn_implementation
+    return None if name is None else str(name).removeprefix(PACKED)
+
+
 def head_of(model: PreTrainedModel) -> OutputHead:
     """The head, with the factor and soft cap of families that have one (Gemma 2, Cohere, Granite). Raises ModelError 'model-unsupported'."""
     module = model.get_output_embeddings()
@@ -568,12 +607,15 @@ def head_of(model: PreTrainedModel) -> OutputHead:
 
 
 def teacher_head_arrays(model: PreTrainedModel, size: int) -> TeacherHead:
-    """The head of a teacher over its `size` real tokens: detached float32 tensors on the model's device (V = size)."""
+    """The head of a teacher over its `size` real tokens: detached tensors on the model's device (V = size), bfloat16 where the teacher computes in it,
+    else float32.
+    """
     head = head_of(model)
     bias_V = head.bias_V
+    dtype = torch.bfloat16 if head.weight_VD.dtype == torch.bfloat16 else torch.float32
     return TeacherHead(
-        weight_VD=head.weight_VD.detach()[:size].float(),
-        bias_V=None if bias_V is None else bias_V.detach()[:size].float(),
+        weight_VD=head.weight_VD.detach()[:size].to(dtype),
+        bias_V=None if bias_V is None else bias_V.detach()[:size].to(dtype),
         scale=head.scale,
         softcap=head.softcap,
     )

@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 
 from stillroom.core.errors import ModelError
 from stillroom.core.identities import ModelRef, Sampling, TokenIds, TokenSequence
-from stillroom.models.batching import by_length, pack_rectangle
-from stillroom.models.loading import body_of, head_of, teacher_head_arrays
+from stillroom.models.batching import by_length
+from stillroom.models.loading import head_of, teacher_head_arrays
+from stillroom.models.packing import scored_states
 from stillroom.models.rollouts import decode
 from stillroom.targets.codecs import LARGEST_SCALE, SMALLEST_SCALE
 from stillroom.targets.kinds import DrawnTargets, FullTargets, HiddenTargets, SampledTargets, TargetRequest, Targets, TextTargets, TopKTargets
@@ -107,12 +108,9 @@ class LocalTeacher:
     @torch.inference_mode()
     def hidden_states(self, sequences: Sequence[TokenSequence]) -> torch.Tensor:
         """The last hidden state (after the final norm) of every scored row, R x D float32, in the order of `sequences`."""
-        body = body_of(self.model)
         parts: list[torch.Tensor] = [torch.empty(0)] * len(sequences)
         for group in by_length([len(sequence.ids) for sequence in sequences], self.at_once):
-            rectangle = pack_rectangle([sequences[index] for index in group], self.model.device)
-            states_BTD = body(input_ids=rectangle.ids_BT, use_cache=False).last_hidden_state
-            states_RD = states_BTD.reshape(-1, states_BTD.shape[-1]).index_select(0, rectangle.rows_R).float()
+            states_RD = scored_states(self.model, [sequences[index] for index in group]).float()
             counts = [len(sequences[index].scored_rows) for index in group]
             for index, part in zip(group, states_RD.split(counts), strict=True):
                 parts[index] = part
@@ -166,8 +164,8 @@ def _rows_at_once(size: int) -> int:
 @torch.inference_mode()
 def head_log_probs(model: PreTrainedModel, states_RD: torch.Tensor, size: int, temperature: float) -> torch.Tensor:
     """Log-probabilities (nats, float32, R x `size`) that the head of `model` gives to hidden states, at `temperature`."""
-    logits_RV = head_of(model)(states_RD.to(model.dtype))[:, :size].float()
-    return torch.log_softmax(logits_RV / temperature, dim=-1)
+    logits_RV = head_of(model)(states_RD.to(model.dtype))[:, :size].float().div_(temperature)
+    return torch.log_softmax(logits_RV, dim=-1, out=logits_RV)
 
 
 @torch.inference_mode()
@@ -180,7 +178,7 @@ def head_top_k(
         log_probs_RV = head_log_probs(model, chunk_RD, size, temperature)
         log_probs_RK, ids_RK = log_probs_RV.topk(k, dim=-1)
         # The tail is summed over the ids that are not kept: 1 - sum(kept) would cancel.
-        tails.append(log_probs_RV.scatter(-1, ids_RK, -torch.inf).logsumexp(-1))
+        tails.append(log_probs_RV.scatter_(-1, ids_RK, -torch.inf).logsumexp(-1))
         ids.append(ids_RK.to(torch.int32))
         kept.append(log_probs_RK)
         del log_probs_RV  # or it would live beside the next one
@@ -202,8 +200,10 @@ def head_draws(
         logits_RV = head_of(model)(chunk_RD.to(model.dtype))[:, :size].float()
         for some_RV in logits_RV.split(few):
             rows = slice(start, start := start + len(some_RV))
-            ids[rows], entropy_R[rows] = _draw(some_RV.div_(temperature), weights_RV[: len(some_RV)], places_RN[rows])
-        del logits_RV, some_RV  # or they would live beside the next ones
+            # At 1 it changes nothing, and takes a tenth of the time of all the rest.
+            scaled_RV = some_RV if temperature == 1.0 else some_RV.div_(temperature)
+            ids[rows], entropy_R[rows] = _draw(scaled_RV, weights_RV[: len(some_RV)], places_RN[rows])
+        del logits_RV, some_RV, scaled_RV  # or they would live beside the next ones
     return ids, entropy_R
 
 

@@ -12,6 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from stillroom.core.identities import Sampling, TokenIds
 from stillroom.core.seeds import derive_seed
+from stillroom.models.arithmetic import not_compiled
 from stillroom.models.batching import by_length, left_padded
 from stillroom.targets.protocols import LogitsTransform
 
@@ -41,7 +42,9 @@ def decode(
         generator = torch.Generator().manual_seed(derive_seed(sampling.seed, "rollout", number))
         part = [prompts[index] for index in group]
         stop = end_ids if stop_at_end else frozenset[int]()
-        for index, tokens in zip(group, _decode_group(model, part, sampling, stop, size, generator, transform), strict=True):
+        with not_compiled(model):
+            written = _decode_group(model, part, sampling, stop, size, generator, transform)
+        for index, tokens in zip(group, written, strict=True):
             completions[index] = tokens
     return completions
 

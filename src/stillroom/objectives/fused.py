@@ -18,6 +18,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -25,6 +27,7 @@ from torch import Tensor, nn
 
 from stillroom.objectives.divergences import Divergence, teacher_log_probs_RV
 from stillroom.objectives.quantities import Room
+from stillroom.objectives.tensors import product_dtype
 from stillroom.targets.kinds import DrawnTargets, FullTargets, HiddenTargets, Targets, TeacherHead, TextTargets, TopKTargets
 from stillroom.targets.rows import slice_targets
 
@@ -32,12 +35,14 @@ from stillroom.targets.rows import slice_targets
 BUFFER_BYTES = 208 * 2**20
 # Logits of one block: half a dozen arrays of this size, 2 MiB each, should find room in the cache.
 BLOCK_VALUES = 2**19
-# A product takes so many of a head's rows, and so many weights (4 MiB in float32), at a time. MKL takes a quarter longer for a few hundred rows and a
-# whole head at once; a sum over the vocabulary is the more exact for being made of partial sums; and a teacher's head in another type is widened in
-# small pieces.
-_IDS_AT_ONCE = 4096
+# A product takes so many of a head's rows at a time, and on the way to the logits no more than so many weights (4 MiB in float32). MKL takes a quarter
+# longer for a few hundred rows and a whole head at once; a sum over the vocabulary is the more exact for being made of partial sums; and a teacher's
+# head in another type is widened in small pieces.
+_IDS_AT_ONCE = 8192
 _WEIGHTS_AT_ONCE = 2**20
 _DTYPES = (torch.float32, torch.float64)
+# Types of device on which `fused_triton` does the work.
+TRITON_DEVICES: tuple[str, ...] = ("cuda",)
 
 
 # -- what can be fused --------------------------------------------------------------------------------------------------
@@ -89,6 +94,58 @@ class FusedTerm:
     reads_text: bool
 
 
+class RowsThroughHead(Protocol):
+    """Takes scored rows through a head and back, chunk by chunk: `FusedHead` on a CPU, `fused_triton.TritonHead` on a GPU."""
+
+    def chunks_of(self, hidden_RD: Tensor, targets: Targets, most: int) -> list[tuple[int, int]]:
+        """(start, stop) of chunks of at most `most` rows, as many as memory allows."""
+
+    def chunk(
+        self, hidden_RD: Tensor, targets: Targets, labels: TextTargets, coefficients_R: Tensor, gradient_RD: Tensor | None
+    ) -> dict[str, Tensor]:
+        """See `FusedHead.chunk`."""
+
+    def finish(self) -> None:
+        """To be called after the last chunk: only then are all gradients where they belong."""
+
+
+def fuse(
+    hidden_RD: Tensor,
+    head: object,
+    *,
+    size: int,
+    terms: Sequence[FusedTerm],
+    targets: Targets,
+    match_temperature: float,
+    backward: bool,
+) -> RowsThroughHead | None:
+    """What does this without autograd on the device of the states; None where nothing does."""
+    linear = linear_head(head)
+    if linear is None:
+        return None
+    if hidden_RD.device.type in TRITON_DEVICES:
+        triton = _triton()
+        if triton is None or not triton.can_fuse(hidden_RD, linear, terms, targets):
+            return None
+        through: RowsThroughHead = triton.TritonHead(
+            hidden_RD, linear, size=size, terms=terms, match_temperature=match_temperature, backward=backward
+        )
+        return through
+    if not can_fuse(hidden_RD, linear, terms, targets):
+        return None
+    return FusedHead(linear, size=size, terms=terms, match_temperature=match_temperature, backward=backward)
+
+
+def _triton() -> ModuleType | None:
+    """The module for GPUs, unless Triton is not installed (PyTorch for Linux brings it)."""
+    try:
+        return import_module("stillroom.objectives.fused_triton")
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        return None
+
+
 def can_fuse(hidden_RD: Tensor, head: LinearHead, terms: Sequence[FusedTerm], targets: Targets) -> bool:
     """Whether `FusedHead` computes this: on a CPU, in float32 or float64 without autocast, every term with a closed form."""
     listed = isinstance(targets, DrawnTargets)
@@ -99,14 +156,20 @@ def can_fuse(hidden_RD: Tensor, head: LinearHead, terms: Sequence[FusedTerm], ta
 
 
 def chunks_of(rows: int, size: int, targets: Targets, dtype: torch.dtype, most: int) -> list[tuple[int, int]]:
-    """(start, stop) of chunks of at most `most` rows whose logits fit into `BUFFER_BYTES`, all within one row of the same size, the first no smaller
-    than the others.
-    """
-    buffers = 1 + isinstance(targets, HiddenTargets)
-    per_chunk = max(1, min(most, BUFFER_BYTES // (buffers * size * dtype.itemsize)))
-    count = -(-rows // per_chunk)
+    """(start, stop) of chunks of at most `most` rows whose logits fit into `BUFFER_BYTES`, as even as can be."""
+    return even_chunks(rows, min(most, rows_that_fit(size, isinstance(targets, HiddenTargets), dtype)))
+
+
+def even_chunks(rows: int, most: int) -> list[tuple[int, int]]:
+    """(start, stop) of as few chunks of at most `most` rows as there can be, all within one row of the same size, the first no smaller than the others."""
+    count = -(-rows // most)
     edges = [-(-rows * place // count) for place in range(count + 1)] if count else []
     return list(zip(edges, edges[1:], strict=False))
+
+
+def rows_that_fit(size: int, hidden: bool, dtype: torch.dtype) -> int:
+    """How many rows' logits `BUFFER_BYTES` hold, both models' where targets are hidden states; at least one."""
+    return max(1, BUFFER_BYTES // ((1 + hidden) * size * dtype.itemsize))
 
 
 # -- through the head and back ------------------------------------------------------------------------------------------
@@ -124,6 +187,12 @@ class FusedHead:
         self._buffers: dict[str, Tensor] = {}
         self._blocks = _Blocks()
 
+    def chunks_of(self, hidden_RD: Tensor, targets: Targets, most: int) -> list[tuple[int, int]]:
+        return chunks_of(len(hidden_RD), self._size, targets, hidden_RD.dtype, most)
+
+    def finish(self) -> None:
+        """Nothing is left to do: every chunk adds its gradients to where they belong."""
+
     @torch.no_grad()
     def chunk(
         self, hidden_RD: Tensor, targets: Targets, labels: TextTargets, coefficients_R: Tensor, gradient_RD: Tensor | None
@@ -137,7 +206,7 @@ class FusedHead:
         logits_RV = _project(hidden_RD, self._head.weight_VD[: self._size], self._buffer("student", hidden_RD))
         teacher_RV = None
         if isinstance(targets, HiddenTargets) and not all(term.reads_text for term in self._terms):
-            states_RE = targets.states_RD.to(hidden_RD.dtype)
+            states_RE = targets.states_RD.to(product_dtype(targets.head, hidden_RD.dtype))
             teacher_RV = _project(states_RE, targets.head.weight_VD, self._buffer("teacher", hidden_RD))
         bias_V = self._gradient_of(self._head.bias_V) if self._backward else None
         parts: list[list[Tensor]] = []
@@ -170,7 +239,7 @@ class FusedHead:
             weight_VD.grad[self._size :] = 0.0
         weight_gradient_VD = self._gradient_of(weight_VD)
         gradient_RD.zero_()
-        for ids in _pieces(weight_VD[: self._size]):
+        for ids in _pieces(self._size, _IDS_AT_ONCE):
             # Not addmm_, which may add the summands to what is there one by one.
             gradient_RD += torch.mm(slopes_RV[:, ids], weight_VD[ids])
             if weight_gradient_VD is None:
@@ -269,15 +338,18 @@ class _Blocks:
 
 
 def _project(states_RE: Tensor, weight_VE: Tensor, out_RV: Tensor) -> Tensor:
-    """States times weights: neither bias nor scale nor cap yet."""
-    for ids in _pieces(weight_VE):
-        torch.mm(states_RE, weight_VE[ids].to(states_RE.dtype).T, out=out_RV[:, ids])
+    """States times weights, in the type of the states: neither bias nor scale nor cap yet."""
+    for ids in _pieces(len(weight_VE), _WEIGHTS_AT_ONCE // weight_VE.shape[1]):
+        if states_RE.dtype == out_RV.dtype:
+            torch.mm(states_RE, weight_VE[ids].to(states_RE.dtype).T, out=out_RV[:, ids])
+        else:
+            out_RV[:, ids] = torch.mm(states_RE, weight_VE[ids].T)
     return out_RV
 
 
-def _pieces(weight_VD: Tensor) -> list[slice]:
-    rows = max(1, min(_IDS_AT_ONCE, _WEIGHTS_AT_ONCE // weight_VD.shape[1]))
-    return [slice(start, min(start + rows, len(weight_VD))) for start in range(0, len(weight_VD), rows)]
+def _pieces(size: int, most: int) -> list[slice]:
+    ids = max(1, min(_IDS_AT_ONCE, most))
+    return [slice(start, min(start + ids, size)) for start in range(0, size, ids)]
 
 
 def _finish(product_RV: Tensor, bias_V: Tensor | None, softcap: float | None, factor: float, room: Room) -> Tensor | None:

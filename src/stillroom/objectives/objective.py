@@ -148,15 +148,16 @@ def backward_chunked(
     and the undivided sums. `weights_R` are those of Batch; None means all 1. The result does not depend on `rows_per_chunk` beyond rounding; with no
     rows the gradient is zero.
 
-    Where `objectives.fused` knows head and terms (`linear_head`, `can_fuse`) it does the work, in smaller chunks if memory asks for it: the same
-    function without autograd.
+    Where `objectives.fused` knows head and terms (`fuse`) it does the work, in smaller chunks if memory asks for it: the same function without
+    autograd.
     """
     rows = _Rows(head, size, objective, targets, labels, weights_R, projections).beside(hidden_RD)
     gradient_RD = torch.zeros_like(hidden_RD, requires_grad=False)
     sums = _Sums(objective.term_names)
     if (through := rows.fused_head(hidden_RD, backward=True)) is not None:
-        for start, stop in rows.fused_chunks(hidden_RD, rows_per_chunk):
+        for start, stop in through.chunks_of(hidden_RD, rows.targets, rows_per_chunk):
             rows.fused_chunk(through, hidden_RD[start:stop].detach(), start, stop, sums, divide_by, gradient_RD[start:stop])
+        through.finish()
         return gradient_RD, sums.value(rows.weights_R)
     for start, stop in _chunks(hidden_RD.shape[0], rows_per_chunk):
         chunk_RD = hidden_RD[start:stop].detach().requires_grad_()
@@ -185,7 +186,7 @@ def sums_chunked(
     sums = _Sums(objective.term_names)
     with torch.no_grad():
         if (through := rows.fused_head(hidden_RD, backward=False)) is not None:
-            for start, stop in rows.fused_chunks(hidden_RD, rows_per_chunk):
+            for start, stop in through.chunks_of(hidden_RD, rows.targets, rows_per_chunk):
                 rows.fused_chunk(through, hidden_RD[start:stop], start, stop, sums)
             return sums.value(rows.weights_R)
         for start, stop in _chunks(hidden_RD.shape[0], rows_per_chunk):
@@ -227,20 +228,22 @@ class _Rows:
         total_R, terms_R = self.objective.rows(logits_RV, targets, labels, states_RD=chunk_RD, projections=self.projections)
         return self._add(total_R, terms_R, start, stop, sums)
 
-    def fused_head(self, hidden_RD: Tensor, *, backward: bool) -> fused.FusedHead | None:
+    def fused_head(self, hidden_RD: Tensor, *, backward: bool) -> fused.RowsThroughHead | None:
         """These rows without autograd, where that is known how."""
-        head = fused.linear_head(self.head)
         terms = self._fused_terms()
-        if head is None or not fused.can_fuse(hidden_RD, head, terms, self.targets):
-            return None
-        return fused.FusedHead(head, size=self.size, terms=terms, match_temperature=self.objective.match_temperature, backward=backward)
-
-    def fused_chunks(self, hidden_RD: Tensor, most: int) -> list[tuple[int, int]]:
-        return fused.chunks_of(hidden_RD.shape[0], self.size, self.targets, hidden_RD.dtype, most)
+        return fused.fuse(
+            hidden_RD,
+            self.head,
+            size=self.size,
+            terms=terms,
+            targets=self.targets,
+            match_temperature=self.objective.match_temperature,
+            backward=backward,
+        )
 
     def fused_chunk(
         self,
-        through: fused.FusedHead,
+        through: fused.RowsThroughHead,
         chunk_RD: Tensor,
         start: int,
         stop: int,
@@ -250,11 +253,12 @@ class _Rows:
     ) -> None:
         """As `chunk`, and with `gradient_RD` the way back as well, which writes it."""
         targets, labels = slice_targets(self.targets, start, stop), slice_targets(self.labels, start, stop)
-        coefficients_R = chunk_RD.new_full((len(chunk_RD),), 1.0 / divide_by)
+        wide = torch.promote_types(chunk_RD.dtype, torch.float32)
+        coefficients_R = chunk_RD.new_full((len(chunk_RD),), 1.0 / divide_by, dtype=wide)
         if self.weights_R is not None:
-            coefficients_R = coefficients_R * self.weights_R[start:stop].to(chunk_RD.dtype)
+            coefficients_R = coefficients_R * self.weights_R[start:stop].to(wide)
         nats = through.chunk(chunk_RD, targets, labels, coefficients_R, gradient_RD)
-        total_R = chunk_RD.new_zeros(len(chunk_RD))
+        total_R = chunk_RD.new_zeros(len(chunk_RD), dtype=wide)
         terms_R: dict[str, Tensor] = {}
         for term in self.objective.terms:
             divergence = term.divergence
@@ -268,7 +272,7 @@ class _Rows:
     def _match(self, term: WeightedTerm, chunk_RD: Tensor, targets: Targets, coefficients_R: Tensor, gradient_RD: Tensor | None) -> Tensor:
         """A distance between hidden states, by autograd; its gradient is added to `gradient_RD` and to the projection."""
         assert isinstance(term.divergence, StateMatch)
-        with torch.set_grad_enabled(gradient_RD is not None):
+        with torch.set_grad_enabled(gradient_RD is not None), torch.autocast(chunk_RD.device.type, enabled=False):
             states_RD = chunk_RD.detach().requires_grad_(gradient_RD is not None)
             distance_R = term.divergence.compare_R(states_RD, targets, self.projections)
             if gradient_RD is not None:

@@ -93,10 +93,12 @@ def head_as_arrays(head: TeacherHead) -> TeacherHead:
 
 
 def head_logits_RV(states_RD: Tensor, head: TeacherHead, dtype: torch.dtype) -> Tensor:
-    """The teacher's logits, computed in `dtype` whatever the weights are kept in; weights of another type are widened a block at a time."""
-    states_RD = states_RD.to(dtype)
-    if head.weight_VD.dtype == dtype:
-        logits_RV: Tensor = states_RD @ head.weight_VD.T
+    """The teacher's logits in `dtype`; weights of another type are widened a block at a time, but where `product_dtype` says that they need not be."""
+    states_RD = states_RD.to(product_dtype(head, dtype))
+    if states_RD.dtype != dtype:
+        logits_RV: Tensor = torch.cat([(states_RD @ block.T).to(dtype) for block in head.weight_VD.split(16_384)], dim=1)
+    elif head.weight_VD.dtype == dtype:
+        logits_RV = states_RD @ head.weight_VD.T
     else:
         logits_RV = torch.cat([states_RD @ block.to(dtype).T for block in head.weight_VD.split(16_384)], dim=1)
     if head.bias_V is not None:
@@ -104,6 +106,14 @@ def head_logits_RV(states_RD: Tensor, head: TeacherHead, dtype: torch.dtype) -> 
     if head.softcap is not None:
         logits_RV = head.softcap * torch.tanh(logits_RV / head.softcap)
     return logits_RV * head.scale if head.scale != 1.0 else logits_RV
+
+
+def product_dtype(head: TeacherHead, dtype: torch.dtype) -> torch.dtype:
+    """What a teacher's states are multiplied with its head in, for logits in `dtype`: bfloat16 where a teacher computed in it, and float32 is asked for.
+
+    Such a teacher's own logits are no more exact: its product rounds them to 2^-9 of themselves. float64 is asked for by what checks others.
+    """
+    return torch.bfloat16 if head.weight_VD.dtype == torch.bfloat16 and dtype == torch.float32 else dtype
 
 
 def as_tensor(array: Array, device: torch.device) -> Tensor:
@@ -130,11 +140,20 @@ def _ids(array: Array, device: torch.device) -> Tensor:
     return ids.clone() if ids.is_inference() else ids
 
 
+def _is_same(one: TeacherHead, other: TeacherHead) -> bool:
+    """Whether two are the same head: a live teacher, whose weights do not change, makes a new object of it for every batch."""
+    if one is other:
+        return True
+    ours, theirs = one.weight_VD, other.weight_VD
+    shared = isinstance(ours, Tensor) and isinstance(theirs, Tensor) and ours.data_ptr() == theirs.data_ptr() and ours.shape == theirs.shape
+    return shared and (one.scale, one.softcap) == (other.scale, other.softcap)
+
+
 def _head(head: TeacherHead, device: torch.device) -> TeacherHead:
     global _last_head
     if isinstance(head.weight_VD, Tensor) and head.weight_VD.device == device:
         return head
-    if _last_head is None or _last_head[0] is not head or _last_head[1] != device:
+    if _last_head is None or _last_head[1] != device or not _is_same(_last_head[0], head):
         bias_V = None if head.bias_V is None else as_tensor(head.bias_V, device)
         _last_head = (head, device, replace(head, weight_VD=as_tensor(head.weight_VD, device), bias_V=bias_V))
     return _last_head[2]

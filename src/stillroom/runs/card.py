@@ -12,6 +12,10 @@ import yaml
 from stillroom.entitlement.obligations import LicenceProposal
 from stillroom.runs.report import Absent, Maybe, Report
 
+_ADAPTER = (
+    "These files are a LoRA adapter without its base model, which adapter_config.json names: `peft.AutoPeftModelForCausalLM.from_pretrained` loads both. "
+    "The numbers below are of the two merged."
+)
 _ROWS = (("teacher", "teacher"), ("student", "this model"), ("label_only", "its architecture on labels alone"))
 
 
@@ -50,16 +54,17 @@ class Release:
     terms: tuple[str, ...]
 
 
-def student_card(report: Report, release: Release | None = None) -> str:
-    """README.md of the student's directory. With `release` the card of a student that is given away."""
+def student_card(report: Report, release: Release | None = None, *, adapter: bool = False) -> str:
+    """README.md of the student's directory. With `release` the card of a student that is given away; `adapter`: the directory has an adapter alone."""
     title = _one_line(release.name if release is not None else report.title)
-    front = yaml.safe_dump(_front(report, release), sort_keys=False, allow_unicode=True, width=10_000)
+    front = yaml.safe_dump(_front(report, release, "peft" if adapter else "transformers"), sort_keys=False, allow_unicode=True, width=10_000)
     facts = report.provenance
     lines = [
         f"---\n{front}---",
         f"# {title}",
         *(_to_be_shown(release) if release is not None else ()),
         f"A student of {facts.student['parameters']:,} parameters, distilled by Stillroom from a teacher of {facts.teacher['parameters']:,}.",
+        *([_ADAPTER] if adapter else ()),
         *(_sources(release.made_from) if release is not None else ()),
         *(["## How good it is"] if release is not None else ()),
         _table(("on the evaluation items", "exact match"), [(name, _figure(getattr(report.quality, field).exact_match)) for field, name in _ROWS]),
@@ -70,8 +75,8 @@ def student_card(report: Report, release: Release | None = None) -> str:
     return "\n\n".join(lines) + "\n"
 
 
-def _front(report: Report, release: Release | None) -> dict[str, Any]:
-    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["distillation", "stillroom"]}
+def _front(report: Report, release: Release | None, library: str) -> dict[str, Any]:
+    front: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation", "tags": ["distillation", "stillroom"]}
     if release is None:
         teacher = report.provenance.teacher
         source = Path(str(teacher["source"])).name if teacher["kind"] == "directory" else teacher["source"]

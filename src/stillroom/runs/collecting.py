@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
-from typing import Any
+from typing import Any, assert_never
 
 from stillroom.core import durable
 from stillroom.core.errors import DataError
@@ -30,7 +30,7 @@ from stillroom.runs.entitling import digests_of
 from stillroom.runs.gates import Gates
 from stillroom.runs.observer import Observer
 from stillroom.runs.planning import Prepared
-from stillroom.targets.codecs import Codec, HiddenCodec, TextCodec, TopKCodec, measure_error
+from stillroom.targets.codecs import Codec, DrawnCodec, HiddenCodec, TextCodec, TopKCodec, measure_error
 from stillroom.targets.kinds import TargetRequest
 from stillroom.targets.rows import slice_targets
 from stillroom.targets.store import StoredRecord, StoreIdentity, TargetStore, record_id
@@ -63,6 +63,7 @@ def store_identity(prepared: Prepared) -> StoreIdentity:
         codec=_codec(prepared),
         temperature=prepared.recipe.targets.target_temperature,
         generation=sampling_of(prepared),
+        arithmetic=prepared.plan.hardware.teacher_dtype,
     )
 
 
@@ -80,14 +81,38 @@ def sampling_of(prepared: Prepared) -> Sampling:
 def request_of(prepared: Prepared) -> TargetRequest:
     """Which targets the plan chose."""
     signal = prepared.plan.signal
-    return TargetRequest(kind=signal.kind, temperature=signal.target_temperature, k=signal.k)
+    return TargetRequest(
+        kind=signal.kind,
+        temperature=signal.target_temperature,
+        k=signal.k,
+        draws=signal.draws,
+        seed=_draws_seed(prepared) if signal.kind == "drawn" else 0,
+        state_dtype=signal.state_dtype or "bfloat16",
+    )
+
+
+def _draws_seed(prepared: Prepared) -> int:
+    return derive_seed(prepared.recipe.seed, "draws")
 
 
 def _codec(prepared: Prepared) -> Codec:
     signal = prepared.plan.signal
-    if signal.live or signal.kind == "text":
+    if signal.live:
         return TextCodec()
-    return HiddenCodec(width=prepared.teacher.shape.width) if signal.kind == "hidden" else TopKCodec(k=signal.k)
+    match signal.kind:
+        case "text":
+            return TextCodec()
+        case "drawn":
+            return DrawnCodec(draws=signal.draws, seed=_draws_seed(prepared))
+        case "top_k":
+            return TopKCodec(k=signal.k)
+        case "hidden":
+            assert signal.state_dtype is not None
+            return HiddenCodec(width=prepared.teacher.shape.width, state_dtype=signal.state_dtype)
+        case "full":
+            raise AssertionError("full distributions are never stored")
+        case _:
+            assert_never(signal.kind)
 
 
 class Collector:
@@ -208,7 +233,7 @@ class Collector:
             return []
         request = request_of(self.prepared)
         kind = "text" if isinstance(self.store.identity.codec, TextCodec) else request.kind
-        targets = as_arrays(self.teacher.targets(sequences, TargetRequest(kind=kind, temperature=request.temperature, k=request.k)))
+        targets = as_arrays(self.teacher.targets(sequences, replace(request, kind=kind)))
         records, start = [], 0
         for sequence in sequences:
             stop = start + len(sequence.scored_rows)
@@ -223,7 +248,8 @@ class Collector:
         states_RD = self.teacher.hidden_states(sequences)[:_ERROR_ROWS]
         temperature = self.store.identity.temperature
         exact = self.teacher.log_probs(states_RD, temperature).cpu().numpy()
-        targets = as_arrays(self.teacher.targets(sequences, request_of(self.prepared)))
+        # What the codec is given, before it rounds: the states as the teacher has them.
+        targets = as_arrays(self.teacher.targets(sequences, replace(request_of(self.prepared), state_dtype="float32")))
         error = measure_error(self.store.identity.codec, slice_targets(targets, 0, len(exact)), exact)
         if error is not None:
             self.store.record_codec_error(error)

@@ -111,7 +111,7 @@ def method_of(recipe: Recipe) -> Method:
     match recipe.targets.kind:
         case "text":
             return "text"
-        case "top_k":
+        case "drawn" | "top_k":
             return "logits" if local else "logprobs"
         case "full":
             return "logits"

@@ -31,7 +31,7 @@ from stillroom.runs.directory import Run
 from stillroom.runs.observer import Observer
 from stillroom.runs.planning import Prepared
 from stillroom.runs.summaries import Evaluation, read
-from stillroom.runs.training import split, untrained_student
+from stillroom.runs.training import split, untrained_student, whole_student
 from stillroom.targets.store import TargetStore
 
 _STEPS = 6
@@ -44,11 +44,23 @@ class Evaluator:
         self.run, self.prepared, self.teacher, self.ledger = run, prepared, teacher, ledger
         self.observer, self.stop = observer, stop
         self._done = 0
+        self._student_directory = run.student_path
 
     def evaluate(self) -> None:
         """Every measurement, then samples.jsonl and the summary. Raises Interrupted between two measurements."""
         began = time.monotonic()
         self.run.evals_path.mkdir(exist_ok=True)
+        with whole_student(self.run, self.prepared, self.run.evals_path / ".merged") as self._student_directory:
+            self._measure_all()
+        done = Evaluation(
+            seconds=round(time.monotonic() - began, 3),
+            time=iso(now()),
+            ledger_head=self.ledger.head,
+            ledger_entries=self.ledger.count,
+        )
+        durable.write_json_atomic(self.run.evaluated_path, done.model_dump(mode="json"))
+
+    def _measure_all(self) -> None:
         if self._items:
             self._score("teacher", lambda: self.teacher.model)
             self._score("student", lambda: self._student)
@@ -58,13 +70,6 @@ class Evaluator:
             self._write_samples()
         self._measure("fidelity", self._fidelity)
         self._measure("cost", self._cost)
-        done = Evaluation(
-            seconds=round(time.monotonic() - began, 3),
-            time=iso(now()),
-            ledger_head=self.ledger.head,
-            ledger_entries=self.ledger.count,
-        )
-        durable.write_json_atomic(self.run.evaluated_path, done.model_dump(mode="json"))
 
     def _measure(self, name: str, measured: Callable[[], BaseModel]) -> None:
         path = self.run.evals_path / f"{name}.json"
@@ -116,7 +121,7 @@ class Evaluator:
 
     @cached_property
     def _student(self) -> PreTrainedModel:
-        return self._loaded(self.run.student_path)
+        return self._loaded(self._student_directory)
 
     def _loaded(self, directory: Path) -> PreTrainedModel:
         return load_model(describe(str(directory)), self.prepared.dtype, self.prepared.device)
@@ -177,7 +182,7 @@ class Evaluator:
 
         return measure_cost(
             subject(self.teacher.model, self.prepared.teacher.directory),
-            subject(self._student, self.run.student_path),
+            subject(self._student, self._student_directory),
             prompts,
             max_new_tokens=self.run.recipe.generation.max_new_tokens,
             resamples=self.run.recipe.evaluation.resamples,

@@ -17,6 +17,8 @@ class ModelFacts(Documented):
     kind: str
     architecture: str
     parameters: int
+    trainable: int | None = None
+    """How many of a student's parameters are learned."""
     bytes: int
     layers: int
     width: int
@@ -40,8 +42,13 @@ class VocabularyFacts(Documented):
 class Signal(Documented):
     """What is kept of the teacher."""
 
-    kind: Literal["text", "top_k", "hidden", "full"]
+    kind: Literal["text", "drawn", "top_k", "hidden", "full"]
     k: int
+    """Ids that top_k keeps of a row; 0 for other kinds."""
+    draws: int
+    """Ids that are drawn from a row; 0 for other kinds."""
+    state_dtype: Literal["bfloat16", "float32", "int8"] | None
+    """What hidden states are rounded to; none for other kinds."""
     target_temperature: float
     live: bool
     bytes_per_token: int
@@ -65,7 +72,13 @@ class Hardware(Documented):
     """Where it will run, and what was chosen for it."""
 
     device: str
+    teacher_device: str
+    """Of the first process; with an index, the others' teachers are on the devices after it."""
     dtype: str
+    teacher_dtype: Literal["float32", "bfloat16", "int8"]
+    """What the teacher computes in."""
+    packing: list[Literal["student", "teacher"]]
+    """Whose sequences are laid end to end; the others' are padded."""
     threads: int
     micro_batch: int
     teacher_at_once: int
@@ -80,6 +93,8 @@ class Estimate(Documented):
     """By stage: collect, train, label_only, evaluate."""
     peak_memory_bytes: int
     """Of the process, beyond what the libraries take."""
+    peak_bytes: dict[str, int]
+    """The same by stage: collect, train, evaluate."""
     memory_available_bytes: int
     disk_bytes: int
     disk_free_bytes: int

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import psutil
 import torch
-from transformers import PretrainedConfig, PreTrainedTokenizerFast
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from stillroom.core import durable
 from stillroom.core.errors import DataError, ResourceError, StoreError
+from stillroom.core.launch import launched
 from stillroom.data import LoadedPrompts, Prompt, load_prompts
 from stillroom.entitlement.verdict import Verdict
+from stillroom.models.adapters import LoraSettings, add_lora
+from stillroom.models.arithmetic import require_compiler
 from stillroom.models.estimate import LabelOnlyWork, WorkEstimate, Workload, estimate, measure
 from stillroom.models.loading import (
     ModelDescription,
@@ -25,12 +30,14 @@ from stillroom.models.loading import (
     shape_of,
     skeleton_of,
 )
+from stillroom.models.packing import cannot_pack, why_not_packed
 from stillroom.models.probing import Outline
 from stillroom.models.tokenizers import Renderer, load_tokenizer, vocabulary_of
 from stillroom.objectives.divergences import DIVERGENCES
 from stillroom.objectives.matching import STATE_MATCHES
 from stillroom.objectives.objective import Objective, WeightedTerm
 from stillroom.runs.entitling import decide_recipe, entitled, sources_of, terms_of
+from stillroom.runs.loggers import chosen as loggers_chosen
 from stillroom.runs.plan import Estimate, Hardware, ModelFacts, Plan, PromptFacts, Signal, VocabularyFacts
 from stillroom.runs.recipe import ObjectiveSection, Recipe
 from stillroom.runs.report import Decision
@@ -56,6 +63,7 @@ class StudentPlan:
     config: PretrainedConfig
     shape: ModelShape
     parameters: int
+    trainable: int
     vocabulary: Vocabulary
     description: ModelDescription | None
 
@@ -86,8 +94,24 @@ class Prepared:
         return torch.device(self.plan.hardware.device)
 
     @property
+    def teacher_device(self) -> torch.device:
+        """Of this process's teacher."""
+        kind, _, index = self.plan.hardware.teacher_device.partition(":")
+        return torch.device(kind, _require_index(int(index) + launched().local_rank)) if index else torch.device(kind)
+
+    @property
     def dtype(self) -> torch.dtype:
         return getattr(torch, self.plan.hardware.dtype)  # type: ignore[no-any-return]
+
+    @property
+    def teacher_dtype(self) -> torch.dtype:
+        """Of the teacher's products; where its layers are kept in eight bits, too."""
+        return product_dtype(self.plan.hardware.teacher_dtype)
+
+
+def product_dtype(teacher_dtype: str) -> torch.dtype:
+    """What a teacher that computes in `teacher_dtype` multiplies in."""
+    return torch.float32 if teacher_dtype == "float32" else torch.bfloat16
 
 
 def plan(recipe: Recipe, *, out: Path | None = None) -> Plan:
@@ -106,6 +130,7 @@ def prepare(recipe: Recipe, *, out: Path | None = None, planned: Plan | None = N
     no_plan = recipe.terms.access != "weights" or recipe.intent.purpose == "evaluate"
     decided = entitled if gate or no_plan else decide_recipe
     verdict, sources = decided(recipe), sources_of(recipe)
+    loggers_chosen(recipe.logging)
     teacher = describe(recipe.teacher.model, recipe.teacher.revision)
     if planned is not None:
         _require_same_teacher(planned, teacher)
@@ -180,6 +205,7 @@ def _plan_student(recipe: Recipe, teacher: ModelDescription, tokenizer: PreTrain
             config=description.config,
             shape=description.shape,
             parameters=description.parameters,
+            trainable=_trainable(recipe, skeleton_of(description.config)) if section.lora is not None else description.parameters,
             vocabulary=vocabulary,
             description=description,
         )
@@ -203,7 +229,32 @@ def _plan_student(recipe: Recipe, teacher: ModelDescription, tokenizer: PreTrain
     skeleton = skeleton_of(config)
     found = shape_of(skeleton)
     vocabulary = vocabulary_of(tokenizer, found.rows, teacher.end_ids)
-    return StudentPlan(kind=kind, config=config, shape=found, parameters=count_parameters(skeleton), vocabulary=vocabulary, description=None)
+    parameters = count_parameters(skeleton)
+    return StudentPlan(
+        kind=kind,
+        config=config,
+        shape=found,
+        parameters=parameters,
+        trainable=_trainable(recipe, skeleton) if section.lora is not None else parameters,
+        vocabulary=vocabulary,
+        description=None,
+    )
+
+
+def lora_of(recipe: Recipe) -> LoraSettings | None:
+    """The recipe's adapters as the models room has them."""
+    section = recipe.student.lora
+    if section is None:
+        return None
+    targets = None if section.targets == "all-linear" else section.targets
+    return LoraSettings(rank=section.rank, alpha=section.alpha, targets=targets, head=section.head, seed=recipe.seed)
+
+
+def _trainable(recipe: Recipe, skeleton: PreTrainedModel) -> int:
+    """How many parameters adapters have; raises where they do not fit the model. The skeleton is used up."""
+    lora = lora_of(recipe)
+    assert lora is not None
+    return sum(parameter.numel() for parameter in add_lora(skeleton, lora).parameters() if parameter.requires_grad)
 
 
 class _Planner:
@@ -235,7 +286,10 @@ class _Planner:
         signal = self._signal(facts)
         steps, epochs = self._length(facts.count)
         device, dtype = self._device(), self._dtype()
-        hardware = self._hardware(device, dtype)
+        if recipe.hardware.compile:
+            require_compiler(torch.device(device))
+        self._adapters()
+        hardware = self._hardware(device, dtype, signal)
         hardware, found = self._fitted(self._workload(facts, signal, hardware, steps), hardware)
         disk = self._disk_bytes(facts, signal)
         return Plan(
@@ -259,6 +313,7 @@ class _Planner:
             estimate=Estimate(
                 seconds={stage: round(seconds, 1) for stage, seconds in found.seconds.items()},
                 peak_memory_bytes=found.peak_memory_bytes,
+                peak_bytes={stage: round(peak) for stage, peak in found.peak_bytes.items()},
                 memory_available_bytes=_memory_available(device),
                 disk_bytes=disk,
                 disk_free_bytes=durable.free_bytes(self.out),
@@ -316,10 +371,12 @@ class _Planner:
 
     def _signal(self, facts: PromptFacts) -> Signal:
         section = self.recipe.targets
-        # Bytes a token: two for each number of a hidden state, eight for a kept id with its log-probability, four for the tail.
+        # Bytes a token: of a hidden state its numbers, of int8 with their scale; eight for a kept id with its log-probability, four for the tail.
+        width = self.teacher.shape.width
         sizes = {
             "text": 0,
-            "hidden": 2 * self.teacher.shape.width,
+            "drawn": _drawn_bytes(section.draws),
+            "hidden": {"bfloat16": 2 * width, "float32": 4 * width, "int8": width + 4}[section.state_dtype],
             "top_k": 8 * min(section.k, self.vocabulary.size) + 4,
             "full": 4 * self.vocabulary.size,
         }
@@ -331,6 +388,8 @@ class _Planner:
         return Signal(
             kind=kind,  # type: ignore[arg-type]
             k=min(section.k, self.vocabulary.size) if kind == "top_k" else 0,
+            draws=section.draws if kind == "drawn" else 0,
+            state_dtype=section.state_dtype if kind == "hidden" else None,
             target_temperature=section.target_temperature,
             live=live,
             bytes_per_token=sizes[kind],
@@ -347,9 +406,13 @@ class _Planner:
         tokens = facts.count * facts.answer_tokens_assumed
         room = min(_STORE_MOST_BYTES, _STORE_SHARE_OF_FREE_DISK * durable.free_bytes(self.out))
         if "hidden" in possible and (section.live or sizes["hidden"] * tokens <= room):
-            chosen, why = "hidden", "hidden states and the teacher's head give the whole distribution at two bytes a dimension"
+            chosen, why = "hidden", f"hidden states and the teacher's head give the whole distribution at {sizes['hidden']} bytes a token"
         else:
-            chosen, why = "top_k", f"hidden states would take {sizes['hidden'] * tokens / 1e9:.1f} GB of the {room / 1e9:.1f} GB allowed"
+            unsoftened = section.target_temperature == self.objective.match_temperature
+            chosen = "drawn" if "drawn" in possible and unsoftened and not section.live else "top_k"
+            why = f"hidden states would take {sizes['hidden'] * tokens / 1e9:.1f} GB of the {room / 1e9:.1f} GB allowed"
+            if chosen == "drawn":
+                why += "; the gradient from drawn ids is that of the whole distribution on average"
         self._decided("targets.kind", chosen, why)
         return chosen, why
 
@@ -361,10 +424,31 @@ class _Planner:
         epochs = training.epochs or _DEFAULT_EPOCHS
         return max(1, round(epochs * records / training.sequences_per_step)), epochs
 
+    def _adapters(self) -> None:
+        lora = self.recipe.student.lora
+        if lora is None:
+            return
+        learned = f"{self.student.trainable:,} parameters are learned beside {self.student.parameters:,} that stay as they are"
+        kept = "student/ has the adapter alone, and what is evaluated is the adapter merged into its base"
+        self._decided("student.lora", f"rank {lora.rank}", f"{learned}; {kept if lora.save == 'adapter' else 'student/ has both merged'}")
+
     # --- hardware ---------------------------------------------------------------------------------------------------------------------
+
+    def _teacher_device(self, device: str) -> str:
+        asked = self.recipe.hardware.teacher_device
+        if asked == "auto":
+            return device
+        kind, _, index = asked.partition(":")
+        self._require_device(kind, "hardware.teacher_device")
+        if index:
+            _require_index(int(index))
+        return asked
 
     def _device(self) -> str:
         asked = self.recipe.hardware.device
+        return self._require_device(asked, "hardware.device")
+
+    def _require_device(self, asked: str, key: str) -> str:
         there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
         if asked == "auto":
             return next(name for name in ("cuda", "mps", "cpu") if there[name])
@@ -373,7 +457,7 @@ class _Planner:
                 "device-unavailable",
                 found=f"no {asked} device that PyTorch {torch.__version__} can use",
                 expected=f"one of {', '.join(name for name in there if there[name])}",
-                do="Set hardware.device to one of these, or to auto.",
+                do=f"Set {key} to one of these, or to auto.",
             )
         return asked
 
@@ -383,13 +467,46 @@ class _Planner:
             return asked
         return "bfloat16" if self._device() == "cuda" and torch.cuda.is_bf16_supported() else "float32"
 
-    def _hardware(self, device: str, dtype: str) -> Hardware:
+    def _teacher_dtype(self, dtype: str) -> Literal["float32", "bfloat16", "int8"]:
+        asked = self.recipe.teacher.dtype
+        return ("bfloat16" if dtype == "bfloat16" else "float32") if asked == "auto" else asked
+
+    def _packing(self, device: str, dtype: str, teacher_dtype: str, signal: Signal) -> list[Literal["student", "teacher"]]:
+        """Whose sequences can be laid end to end, tried on copies of two layers with weights that mean nothing."""
+        asked = self.recipe.training.packing
+        if asked == "off":
+            return []
+        place, arithmetic = torch.device(device), getattr(torch, dtype)
+        tried = {"student": why_not_packed(self._outline(self.student), torch.float32, arithmetic, place)}
+        if signal.kind != "text":
+            own = product_dtype(teacher_dtype)
+            tried["teacher"] = why_not_packed(self._outline(self.teacher), own, own, place)
+        faults = {whose: why for whose, why in tried.items() if why is not None}
+        if faults and asked == "on":
+            raise cannot_pack(*next(iter(faults.items())))
+        chosen: list[Literal["student", "teacher"]] = [whose for whose in ("student", "teacher") if whose in tried and whose not in faults]
+        named = " and ".join(chosen) or "nobody"
+        if faults:
+            said = "; ".join(f"sequences of the {whose} are padded: {why}" for whose, why in faults.items())
+            self._decided("training.packing", named, said, degraded=True)
+        else:
+            self._decided("training.packing", named, "sequences laid end to end give what each gives alone, on copies of two layers")
+        return chosen
+
+    def _outline(self, model: ModelDescription | StudentPlan) -> Outline:
+        return Outline(config=model.config, shape=model.shape, parameters=model.parameters)
+
+    def _hardware(self, device: str, dtype: str, signal: Signal) -> Hardware:
         threads = self.recipe.hardware.threads
         per_step = self.recipe.training.sequences_per_step
         asked = self.recipe.training.micro_batch
+        teacher_dtype = self._teacher_dtype(dtype)
         return Hardware(
             device=device,
+            teacher_device=self._teacher_device(device),
             dtype=dtype,
+            teacher_dtype=teacher_dtype,
+            packing=self._packing(device, dtype, teacher_dtype, signal),
             threads=threads if threads != "auto" else torch.get_num_threads(),
             micro_batch=min(asked, per_step) if asked != "auto" else min(per_step, _CPU_MICRO_BATCH) if device == "cpu" else per_step,
             teacher_at_once=256,
@@ -418,14 +535,22 @@ class _Planner:
         recipe = self.recipe
         training = recipe.training
         dtype: torch.dtype = getattr(torch, hardware.dtype)
+        teacher_dtype = product_dtype(hardware.teacher_dtype)
         return Workload(
-            teacher=Outline(config=self.teacher.config, shape=self.teacher.shape, parameters=self.teacher.parameters),
-            student=Outline(config=self.student.config, shape=self.student.shape, parameters=self.student.parameters),
-            mapped_bytes=0 if self.teacher.stored_dtype == _SAFETENSORS_NAMES.get(dtype) else self.teacher.weight_bytes,
+            teacher=self._outline(self.teacher),
+            student=self._outline(self.student),
+            trainable=self.student.trainable,
+            lora=lora_of(recipe),
+            optimiser_offload=training.optimiser_offload,
+            mapped_bytes=0 if self.teacher.stored_dtype == _SAFETENSORS_NAMES.get(teacher_dtype) else self.teacher.weight_bytes,
             size=self.vocabulary.size,
             objective=self.objective,
             device=torch.device(hardware.device),
             dtype=dtype,
+            teacher_dtype=teacher_dtype,
+            teacher_int8=hardware.teacher_dtype == "int8",
+            packing=tuple(hardware.packing),
+            recomputed=training.gradient_checkpointing,
             threads=hardware.threads,
             prompts=facts.count,
             prompt_tokens=tuple(self.prompt_lengths),
@@ -435,7 +560,7 @@ class _Planner:
             sampling_temperature=recipe.generation.sampling_temperature,
             teacher_at_once=hardware.teacher_at_once,
             target_kind=signal.kind,
-            k=signal.k,
+            k=signal.k or signal.draws,
             live=signal.live,
             row_bytes=signal.bytes_per_token,
             from_teacher=recipe.student.from_teacher is not None,
@@ -465,12 +590,13 @@ class _Planner:
 
     def _student_facts(self) -> ModelFacts:
         if self.student.description is not None:
-            return _facts_of_description(self.student.description)
+            return _facts_of_description(self.student.description).model_copy(update={"trainable": self.student.trainable})
         return ModelFacts(
             source=self.student.kind,
             kind=self.student.kind,
             architecture=(self.student.config.architectures or [type(self.student.config).__name__.replace("Config", "ForCausalLM")])[0],
             parameters=self.student.parameters,
+            trainable=self.student.trainable,
             bytes=4 * self.student.parameters,
             layers=self.student.shape.layers,
             width=self.student.shape.width,
@@ -484,8 +610,8 @@ class _Planner:
         tokens = facts.count * facts.answer_tokens_assumed
         store = 0 if signal.live else tokens * signal.bytes_per_token
         sequences = facts.count * (facts.tokens_mean + facts.answer_tokens_assumed) * 4
-        # Two checkpoints while one replaces the other (weights and two moments), and the student itself.
-        weights = (2 * 12 + 4) * self.student.parameters
+        # Two checkpoints while one replaces the other (what is learned, with two moments), and the student itself, if only for its evaluation.
+        weights = 2 * 12 * self.student.trainable + 4 * self.student.parameters
         return int(store + sequences + weights * (2 if self.recipe.evaluation.label_only else 1) + 3000 * facts.count)
 
 
@@ -494,6 +620,23 @@ def _spread(values: Sequence[Prompt], most: int) -> list[Prompt]:
     if len(values) <= most:
         return list(values)
     return [values[index * len(values) // most] for index in range(most)]
+
+
+def _drawn_bytes(draws: int) -> int:
+    """Of a row of drawn targets, everything counted: what benchmarks/results/*-store.json has for 25, 50 and 100 draws, in round numbers."""
+    return math.ceil(20.0 * math.pow(draws / 50, 0.75))
+
+
+def _require_index(index: int) -> int:
+    """`index`, if there is a CUDA device of that number."""
+    if index >= torch.cuda.device_count():
+        raise ResourceError(
+            "device-unavailable",
+            found=f"no cuda:{index} among {torch.cuda.device_count()} CUDA devices",
+            expected="a device for the teacher of every process",
+            do="Start fewer processes, or set hardware.teacher_device to a device that is there.",
+        )
+    return index
 
 
 def _memory_available(device: str) -> int:

@@ -343,7 +343,7 @@ def _write(case: _Case) -> None:
         *texts.items(),
         (LICENSE, _license(case)),
         (NOTICE, _notice(case).encode()),
-        (README, student_card(case.run.report, _release(case)).encode()),
+        (README, student_card(case.run.report, _release(case), adapter=case.run.recipe.student.saves_adapter).encode()),
     ):
         (student / path).parent.mkdir(exist_ok=True)
         durable.write_bytes_atomic(student / path, text)

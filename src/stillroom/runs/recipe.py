@@ -58,10 +58,27 @@ class TeacherSection(_Section):
     """A Hugging Face directory, or a hub id."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
+    dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    """Of its arithmetic; auto: as hardware.dtype. int8: bfloat16, with linear layers kept in eight bits. docs/concepts.md says what each costs in exactness."""
+
+
+class LoraSection(_Section):
+    """Low-rank adapters are learned beside the student's weights, which stay as they are (LoRA); without dropout, whose draws could not be resumed."""
+
+    rank: Positive = 16
+    """Width of an adapter."""
+    alpha: Positive = 32
+    """What an adapter gives is multiplied by alpha / rank."""
+    targets: Literal["all-linear"] | Annotated[tuple[Name, ...], Field(min_length=1)] = "all-linear"
+    """Names of the layers that get one, such as [q_proj, v_proj]; all-linear: every linear layer but the head."""
+    head: bool = False
+    """Whether the head gets one as well. A head that was tied to the embeddings is a weight of its own in the merged student."""
+    save: Literal["merged", "adapter"] = "merged"
+    """merged: a student like any other. adapter: a directory that peft loads on the base model, which must then be student.model."""
 
 
 class StudentSection(_Section):
-    """The model that learns: exactly one of the three."""
+    """The model that learns: exactly one of model, from_scratch, from_teacher."""
 
     model: str | None = None
     """A Hugging Face directory, or a hub id, with the teacher's vocabulary."""
@@ -71,6 +88,22 @@ class StudentSection(_Section):
     """A new model with random weights."""
     from_teacher: FromTeacher | None = None
     """Some of the teacher's own layers."""
+    lora: LoraSection | None = None
+
+    @property
+    def saves_adapter(self) -> bool:
+        """Whether student/ will have an adapter alone."""
+        return self.lora is not None and self.lora.save == "adapter"
+
+    @model_validator(mode="after")
+    def _lora_has_a_base(self) -> StudentSection:
+        if self.lora is None:
+            return self
+        if self.from_scratch is not None:
+            raise ValueError("lora learns beside weights that are there, and those of from_scratch are random numbers; leave lora out")
+        if self.lora.save == "adapter" and self.model is None:
+            raise ValueError("lora.save: adapter needs student.model: layers taken from_teacher are no model that an adapter could be loaded on")
+        return self
 
     @model_validator(mode="after")
     def _exactly_one(self) -> StudentSection:
@@ -199,10 +232,14 @@ class GenerationSection(_Section):
 class TargetsSection(_Section):
     """What is kept of the teacher's distributions."""
 
-    kind: Literal["auto", "text", "top_k", "hidden", "full"] = "auto"
+    kind: Literal["auto", "text", "drawn", "top_k", "hidden", "full"] = "auto"
     """auto: what carries the most for the disk it takes; `plan` says what was chosen and why. full is never stored."""
     k: Positive = 64
     """How many ids top_k keeps of each row; the mass of the others is kept as one number."""
+    draws: Annotated[int, Field(ge=1, le=255)] = 50
+    """How many ids drawn takes from each row's distribution, with replacement: more of them, less noise in the gradient."""
+    state_dtype: Literal["bfloat16", "float32", "int8"] = "bfloat16"
+    """What hidden rounds each number of a state to; docs/reference/target-store.md says what that changes."""
     target_temperature: Annotated[float, Field(gt=0.0)] = 1.0
     """The temperature that targets are made at."""
     live: bool = False
@@ -291,8 +328,12 @@ class TrainingSection(_Section):
     """Sequences that go through the student at once; auto: `plan` chooses what fits."""
     learning_rate: Annotated[float, Field(gt=0.0)] = 1e-4
     """The highest rate, reached after the warm-up."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the rate falls after the warm-up: cosine and linear end at 0."""
+    schedule: Literal["cosine", "linear", "constant", "warmup_stable_decay"] = "cosine"
+    """How the rate falls to min_learning_rate: cosine and linear from the warm-up on, warmup_stable_decay only at the end, constant never."""
+    min_learning_rate: Annotated[float, Field(ge=0.0)] = 0.0
+    """The rate that the schedule ends at."""
+    decay_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
+    """Only warmup_stable_decay: the share of all steps, at the end, over which the rate falls as 1 - sqrt."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps over which the rate rises linearly."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
@@ -309,12 +350,35 @@ class TrainingSection(_Section):
     """Steps between two checkpoints."""
     rows_per_chunk: Positive = 2048
     """Scored rows that go through the vocabulary at once; bounds memory, changes nothing else."""
+    packing: Literal["auto", "on", "off"] = "auto"
+    """Lay the sequences of a micro-batch end to end, each attending to itself alone, instead of padding them. auto: where it is proved to change nothing."""
+    gradient_checkpointing: bool = False
+    """Keep each layer's input alone and compute the layer again for its gradient: less memory, about a third more time, the same numbers."""
+    optimiser_offload: bool = False
+    """Keep the optimiser's state (8 bytes a learned number) and a copy of the weights in host memory; changes nothing where the device is the CPU."""
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainingSection:
         if self.steps is not None and self.epochs is not None:
             raise ValueError("give steps or epochs, not both")
         return self
+
+    @model_validator(mode="after")
+    def _the_rate_falls(self) -> TrainingSection:
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(f"min_learning_rate {self.min_learning_rate:g} is above learning_rate {self.learning_rate:g}")
+        if self.schedule == "constant" and self.min_learning_rate:
+            raise ValueError("the schedule constant has no min_learning_rate")
+        return self
+
+
+class LoggingSection(_Section):
+    """Where the curves go beside metrics.jsonl. A logger that fails is switched off and never stops a run; a resumed run goes on in the same one."""
+
+    loggers: Literal["auto"] | tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = "auto"
+    """Which; auto: tensorboard where it is installed. Addresses and keys are taken from where each looks for them (WANDB_MODE, MLFLOW_TRACKING_URI, ...)."""
+    project: Name = "stillroom"
+    """The project, or the experiment, that the run is entered in."""
 
 
 class LabelOnlySection(_Section):
@@ -353,10 +417,16 @@ class HardwareSection(_Section):
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where the models run."""
+    teacher_device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
+    """Where the teacher is, as PyTorch names it (`cpu`, `cuda:1`); auto: with the student. Of several processes the first takes `cuda:N`, the next N + 1."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the models' arithmetic; the optimiser's state is always float32."""
     threads: Positive | Literal["auto"] = "auto"
-    """CPU threads."""
+    """CPU threads, of each process."""
+    parallel: Literal["auto", "none", "replicate", "shard"] = "auto"
+    """How several processes that torchrun started train one student. replicate: each holds the whole of it; shard: each holds a part. auto: replicate."""
+    compile: bool = False
+    """Have torch.compile make kernels of both models' bodies when they are first called; numbers move by rounding."""
     price_per_hour: Annotated[float, Field(ge=0.0)] | None = None
     """What an hour of this machine costs; without it no money is reported."""
     currency: str = "USD"
@@ -380,6 +450,7 @@ class Recipe(_Section):
     objective: ObjectiveSection = ObjectiveSection()
     training: TrainingSection = TrainingSection()
     evaluation: EvaluationSection = EvaluationSection()
+    logging: LoggingSection = LoggingSection()
     hardware: HardwareSection = HardwareSection()
     seed: Annotated[int, Field(ge=0)] = 0
     """Everything random comes from it. 0 is a seed like any other."""

@@ -214,6 +214,10 @@ def _provenance(run: Run, plan: Plan, summary: Evaluation, training: Training) -
         Decision(what="training.micro_batch", chosen=str(halved.micro_batch), why=f"out of memory at step {halved.step}", degraded=True)
         for halved in training.halvings
     ]
+    loggers = [
+        Decision(what=f"logger {failed.logger}", chosen=f"switched off at step {failed.step}", why=failed.error, degraded=True)
+        for failed in training.logger_failures
+    ]
     dropped = [
         Decision(what="transfer set", chosen=f"{count} records left out", why=DROP_REASONS[reason], degraded=True)  # type: ignore[index]
         for reason, count in transfer_set.dropped.items()
@@ -222,7 +226,7 @@ def _provenance(run: Run, plan: Plan, summary: Evaluation, training: Training) -
         recipe_sha256=recipe.sha256,
         recipe_name=recipe.name,
         teacher=_identity(plan.teacher.model_dump()),
-        student=_identity({**plan.student.model_dump(), "weights_sha256": training.weights_sha256}),
+        student=_identity({**plan.student.model_dump(), **_counted(run), "weights_sha256": training.weights_sha256}),
         terms=terms.model_dump(exclude={"outcome", "changed_by", "alternatives", "question"}),
         verdict=verdict.outcome,
         seed=recipe.seed,
@@ -232,10 +236,16 @@ def _provenance(run: Run, plan: Plan, summary: Evaluation, training: Training) -
         target_store_sha256=training.store_sha256,
         ledger_head=summary.ledger_head,
         ledger_entries=summary.ledger_entries,
-        decisions=[*plan.decisions, *halvings, *dropped],
+        decisions=[*plan.decisions, *halvings, *loggers, *dropped],
         created=summary.time,
         commands=[f"stillroom run {run.recipe_path.name} --out NEW-DIRECTORY", " ".join(environment["command"])],
     )
+
+
+def _counted(run: Run) -> dict[str, int]:
+    """The student's parameters as they were counted: a tied head that was adapted has become one of its own."""
+    counted = read(run.evals_path / "cost.json", CostMeasurements).student.parameters
+    return {} if isinstance(counted, Absence) else {"parameters": round(counted.value)}
 
 
 def _identity(facts: dict[str, Any]) -> dict[str, str | int | None]:

@@ -24,7 +24,7 @@ class StoredSource:
     @cached_property
     def _lengths(self) -> dict[str, int]:
         ids = self.store.record_ids
-        return {record: len(sequence.ids) for record, sequence in zip(ids, self.store.sequences(ids), strict=True)}
+        return dict(zip(ids, self.store.lengths(ids), strict=True))
 
     def length(self, record_id: str) -> int:
         """Tokens of a record."""

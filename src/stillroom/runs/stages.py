@@ -2,73 +2,103 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from stillroom import web
 from stillroom.core import durable
+from stillroom.core.errors import ResourceError
 from stillroom.core.identities import Sampling
 from stillroom.core.interrupts import StopRequest
 from stillroom.data import Prompt, load_prompts
 from stillroom.ledger import Ledger
+from stillroom.models.arithmetic import compile_body, quantise
 from stillroom.models.loading import describe, load_model, silence
 from stillroom.models.local import LocalTeacher
 from stillroom.models.memory import release_memory
+from stillroom.models.packing import require_packing
+from stillroom.models.parallel import Processes, join, mode_of
 from stillroom.runs.card import student_card
 from stillroom.runs.collecting import Collector
 from stillroom.runs.directory import STATES, Run, environment
 from stillroom.runs.evaluating import Evaluator
 from stillroom.runs.gates import Gates
-from stillroom.runs.observer import Observer
+from stillroom.runs.observer import Observer, Silent
 from stillroom.runs.plan import Plan
 from stillroom.runs.planning import Prepared, prepare
 from stillroom.runs.recipe import Recipe
 from stillroom.runs.reporting import build_report
 from stillroom.runs.summaries import read
-from stillroom.runs.training import Trainer
+from stillroom.runs.training import Trainer, whole_student
 
 _COMMANDS = {"planned": "plan", "collected": "collect", "trained": "train", "evaluated": "evaluate", "reported": "report"}
 
 
 def run(recipe: Recipe, out: Path, *, until: str, needs: str | None, observer: Observer) -> Run:
-    """See stillroom.runs.run."""
+    """See stillroom.runs.run. Processes that torchrun started call it together: the first does everything but train, where all of them take part."""
+    processes = join()
     found = Run.begin(recipe, out)
     # transformers speaks of attention masks and loading; what a person should know of a run is said by the run.
     with (
+        processes.together(),
         durable.full_disk_reported(found.directory),
         silence(),
-        found.locked(),
+        found.locked() if processes.is_first else nullcontext(),
         StopRequest(f"To resume, run the same command again with --out {out}.") as stop,
     ):
+        if mode_of(recipe.hardware.parallel, processes) == "shard":
+            _require_whole_state(recipe)
         if needs is not None:
-            found.require(needs, _COMMANDS[needs])
-        return Stages(found, observer, stop).run_until(until)
+            processes.first(lambda: found.require(needs, _COMMANDS[needs]))
+        return Stages(found, observer if processes.is_first else Silent(), stop, processes).run_until(until)
+
+
+def _require_whole_state(recipe: Recipe) -> None:
+    """Raises ResourceError 'parallel-unavailable' for what is only there for a student that each process holds whole."""
+    asked = [
+        name for name, wanted in (("student.lora", recipe.student.lora), ("training.optimiser_offload", recipe.training.optimiser_offload)) if wanted
+    ]
+    if asked:
+        raise ResourceError(
+            "parallel-unavailable",
+            found=f"hardware.parallel is shard, and the recipe has {' and '.join(asked)}",
+            expected="a student that is learned whole, its optimiser beside its parts",
+            do=f"Set hardware.parallel to replicate, or leave {' and '.join(asked)} out.",
+        )
 
 
 class Stages:
     """One run being taken further. Models are loaded when a stage needs them and let go when it ends."""
 
-    def __init__(self, run: Run, observer: Observer, stop: StopRequest) -> None:
-        self.run, self.observer, self.stop = run, observer, stop
+    def __init__(self, run: Run, observer: Observer, stop: StopRequest, processes: Processes) -> None:
+        self.run, self.observer, self.stop, self.processes = run, observer, stop, processes
         self.gates = Gates(run, observer)
         self._prepared: Prepared | None = None
 
     def run_until(self, until: str) -> Run:
-        """Every stage up to `until` that has not been done."""
+        """Every stage up to `until` that has not been done. The first process does it, but that all of them train."""
         steps: dict[str, Callable[[], None]] = {
             "planned": self._plan,
             "collected": self._collect,
-            "trained": self._train,
             "evaluated": self._evaluate,
             "reported": self._report,
         }
         for state in STATES[1 : STATES.index(until) + 1]:
-            if STATES.index(self.run.state) < STATES.index(state):
-                steps[state]()
+            if self.processes.asked_of_first(partial(self._before, state)):
+                if state == "trained":
+                    self._train()
+                else:
+                    self.processes.first(steps[state])
                 release_memory()
         return self.run
+
+    def _before(self, state: str) -> bool:
+        return STATES.index(self.run.state) < STATES.index(state)
 
     @property
     def prepared(self) -> Prepared:
@@ -77,7 +107,7 @@ class Stages:
             prepared = prepare(self.run.recipe, out=self.run.directory, planned=_plan_of(self.run), gate=True)
             torch.set_num_threads(prepared.plan.hardware.threads)
             torch.use_deterministic_algorithms(True, warn_only=True)
-            if self.run.state != "new":
+            if self.run.state != "new" and self.processes.is_first:
                 self.gates.keep(prepared.verdict)
             self._prepared = prepared
         return self._prepared
@@ -104,10 +134,14 @@ class Stages:
         Collector(self.run, prepared, self._teacher(), self._ledger(), self.gates, self.observer, self.stop).collect()
 
     def _train(self) -> None:
+        # The first prepares before the others look: what is fetched, is fetched once, and a refusal is the first's to say.
+        self.processes.first(lambda: self.prepared)
         prepared = self.prepared
         live = prepared.plan.signal.live and prepared.plan.signal.kind != "text"
         teacher = self._teacher() if live or self.run.recipe.student.from_teacher is not None else None
-        Trainer(self.run, prepared, teacher, self._ledger(), self.gates, self.observer, self.stop).train()
+        ledgers: list[Ledger] = []
+        self.processes.first(lambda: ledgers.append(self._ledger()))
+        Trainer(self.run, prepared, teacher, ledgers[0] if ledgers else None, self.gates, self.observer, self.stop, self.processes).train()
 
     def _evaluate(self) -> None:
         self.observer.stage("evaluate", "teacher, student and baseline on the same items")
@@ -116,7 +150,7 @@ class Stages:
     def _report(self) -> None:
         self.observer.stage("report", "writing report.json and report.html")
         report = build_report(self.run)
-        durable.write_bytes_atomic(self.run.student_path / "README.md", student_card(report).encode())
+        durable.write_bytes_atomic(self.run.student_path / "README.md", student_card(report, adapter=self.run.recipe.student.saves_adapter).encode())
         durable.write_json_atomic(self.run.report_path, report.model_dump(mode="json"))
         web.write(self.run.directory)
 
@@ -135,7 +169,9 @@ def compare(run: Run, *, prompt: str | None, file: Path | None) -> list[tuple[st
     ids = [prepared.renderer.prompt_ids(one) for one in asked]
     sampling = Sampling(max_new_tokens=run.recipe.generation.max_new_tokens)
     teacher = teacher_of(prepared)
-    student = LocalTeacher(load_model(describe(str(run.student_path)), prepared.dtype, prepared.device), teacher.ref, teacher.vocabulary)
+    with whole_student(run, prepared, run.directory / f".merged-{os.getpid()}") as directory:
+        model = load_model(describe(str(directory)), prepared.dtype, prepared.device)
+    student = LocalTeacher(model, teacher.ref, teacher.vocabulary)
     answers = ([prepared.renderer.answer_text(completion) for completion in model.generate(ids, sampling)] for model in (teacher, student))
     return [(one.content, *pair) for one, *pair in zip(asked, *answers, strict=True)]
 
@@ -146,7 +182,13 @@ def _plan_of(run: Run) -> Plan | None:
 
 
 def teacher_of(prepared: Prepared) -> LocalTeacher:
-    """The teacher, loaded on the plan's device."""
+    """The teacher, loaded on the plan's device for it and computing as the plan says."""
     hardware = prepared.plan.hardware
-    model = load_model(prepared.teacher, prepared.dtype, prepared.device)
+    model = load_model(prepared.teacher, prepared.teacher_dtype, prepared.teacher_device)
+    if hardware.teacher_dtype == "int8":
+        quantise(model)
+    if "teacher" in hardware.packing:
+        require_packing(model, "teacher")
+    if prepared.recipe.hardware.compile:
+        compile_body(model)
     return LocalTeacher(model, prepared.teacher.ref, prepared.teacher_vocabulary, at_once=hardware.teacher_at_once)

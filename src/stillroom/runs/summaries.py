@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -21,6 +21,15 @@ class Halving(Documented):
     micro_batch: int
 
 
+class LoggerFailure(Documented):
+    """A logger that was switched off, so that the run could go on."""
+
+    logger: str
+    step: int
+    """The step whose values it was given; 0 where it could not begin."""
+    error: str
+
+
 class Training(Documented):
     """training.json: what the train stage did."""
 
@@ -29,14 +38,19 @@ class Training(Documented):
     """Repeats counted."""
     seconds: float
     halvings: list[Halving] = Field(default_factory=list)
+    processes: int = 1
+    """How many took part in the last part of it."""
+    parallel: Literal["none", "replicate", "shard"] = "none"
+    """How they shared the student."""
     records: int
     validation_records: int
     weights_sha256: str
-    """Of student/model.safetensors."""
+    """Of student/model.safetensors, or student/adapter_model.safetensors."""
     store_sha256: str
     label_only_steps: int | None
     """The step whose weights the baseline kept."""
     label_only_seconds: float | None
+    logger_failures: list[LoggerFailure] = Field(default_factory=list)
 
 
 class Evaluation(Documented):

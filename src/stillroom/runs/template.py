@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from stillroom.runs.documented import descriptions
-from stillroom.runs.recipe import CompetesSection, FromScratch, LabelOnlySection, Recipe
+from stillroom.runs.recipe import CompetesSection, FromScratch, LabelOnlySection, LoraSection, Recipe
 
 _HEAD = """\
 # A recipe: everything a run depends on.
@@ -59,6 +59,7 @@ _SHOWN = {"teacher.model", "student", "student.from_scratch", "prompts", "prompt
 _OPTIONAL_SECTIONS: dict[str, type[BaseModel]] = {
     "intent.competes": CompetesSection,
     "student.from_scratch": FromScratch,
+    "student.lora": LoraSection,
     "evaluation.label_only": LabelOnlySection,
 }
 

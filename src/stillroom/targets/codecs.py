@@ -18,7 +18,8 @@ what the store gives, bit for bit. Rounding twice changes nothing, for int8 as w
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, TypeAlias, assert_never
 
 import numpy
@@ -26,6 +27,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from stillroom.targets.kinds import Array, DrawnTargets, FullTargets, HiddenTargets, SampledTargets, Targets, TeacherHead, TextTargets, TopKTargets
 from stillroom.targets.prior import ENTROPY_STEPS_PER_NAT, MOST_DRAWS, quantised_entropy
+from stillroom.targets.rows import slice_targets
 
 STATE_DTYPES = ("bfloat16", "float32", "int8")
 # How far a state may be from the one that is read back, as a share of itself, or for int8 of its row's scale (half a step, and a division's rounding).
@@ -36,6 +38,9 @@ SMALLEST_BFLOAT16 = 2.0**-133
 SMALLEST_SCALE = 2.0**-100
 # Of 16 significant bits, the largest of which 127 are still a float32.
 LARGEST_SCALE = (2.0**128 // 127 // 2.0**106 - 1) * 2.0**106
+# An error is measured in float64 in half a dozen arrays of so many rows at a time, or so many log-probabilities (16 MiB) if those are more rows; a head is
+# widened so many numbers at a time.
+_MEASURED_ROWS, _MEASURED_VALUES, _WIDENED_NUMBERS = 64, 2**21, 2**22
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -293,11 +298,18 @@ def measure_error(codec: Codec, targets: Targets, log_probs_RV: Array) -> CodecE
     about how the tail is shared out: it is decoded evenly over the ids that were not kept, so the loss counts what was not kept. Text and sampled
     targets stand for no distribution: None.
     """
+    if isinstance(codec, TextCodec | SampledCodec):
+        return None
+    rows, size = log_probs_RV.shape
+    at_once = max(_MEASURED_ROWS, _MEASURED_VALUES // size)
+    starts = range(0, rows, at_once)
+    return _worst([_measured(codec, slice_targets(targets, at, min(at + at_once, rows)), log_probs_RV[at : at + at_once]) for at in starts])
+
+
+def _measured(codec: DrawnCodec | TopKCodec | HiddenCodec, targets: Targets, log_probs_RV: Array) -> CodecError:
     original_RV = numpy.asarray(log_probs_RV, dtype=numpy.float64)
     if isinstance(codec, DrawnCodec):
         return _entropy_error(targets, original_RV)
-    if isinstance(codec, TextCodec | SampledCodec):
-        return None
     assert isinstance(targets, TopKTargets | HiddenTargets), f"{type(targets).__name__} are not written by {codec}"
     head = targets.head if isinstance(targets, HiddenTargets) else None
     decoded = decode(
@@ -323,10 +335,24 @@ def measure_error(codec: Codec, targets: Targets, log_probs_RV: Array) -> CodecE
     return measured
 
 
+def _worst(parts: Sequence[CodecError]) -> CodecError:
+    """That of all rows: the mean over them, and the largest of what is a maximum or a bound."""
+    rows = sum(part.rows for part in parts)
+    whole: dict[str, float] = {}
+    for name in (field.name for field in fields(CodecError) if field.name not in ("rows", "mean_kl_nats")):
+        values = [getattr(part, name) for part in parts]
+        if None not in values:
+            whole[name] = max(values)
+    if parts[0].mean_kl_nats is not None:
+        whole["mean_kl_nats"] = sum(part.rows * part.mean_kl_nats for part in parts if part.mean_kl_nats is not None) / rows
+    return CodecError(rows=rows, **whole)
+
+
 def logit_bound_R(codec: HiddenCodec, targets: HiddenTargets) -> NDArray[numpy.float64]:
     """For each row, by how much a logit over the temperature can be off at most once the states have been through the codec (see HiddenCodec)."""
-    error_RD = state_bound_RD(codec, _widened(targets.states_RD))
-    bound_R: NDArray[numpy.float64] = (error_RD @ numpy.abs(_widened(targets.head.weight_VD)).T).max(axis=1)
+    error_RD, weight_VD = state_bound_RD(codec, _widened(targets.states_RD)), targets.head.weight_VD
+    bounds = [(error_RD @ numpy.abs(_widened(weight_VD[ids])).T).max(axis=1) for ids in _pieces(weight_VD)]
+    bound_R: NDArray[numpy.float64] = numpy.maximum.reduce(bounds)
     return bound_R * abs(targets.head.scale) / targets.temperature
 
 
@@ -373,12 +399,21 @@ def whole_log_probs_RV(targets: Targets, size: int) -> NDArray[numpy.float64]:
 
 def _head_logits_RV(targets: HiddenTargets) -> NDArray[numpy.float64]:
     head = targets.head
-    logits_RV: NDArray[numpy.float64] = _widened(targets.states_RD) @ _widened(head.weight_VD).T
+    states_RD = _widened(targets.states_RD)
+    logits_RV: NDArray[numpy.float64] = numpy.empty((len(states_RD), len(head.weight_VD)))
+    for ids in _pieces(head.weight_VD):
+        numpy.matmul(states_RD, _widened(head.weight_VD[ids]).T, out=logits_RV[:, ids])
     if head.bias_V is not None:
         logits_RV = logits_RV + _widened(head.bias_V)
     if head.softcap is not None:
         logits_RV = head.softcap * numpy.tanh(logits_RV / head.softcap)
     return logits_RV * head.scale
+
+
+def _pieces(weight_VD: Array) -> list[slice]:
+    """A head's rows, so many at a time that they may be widened."""
+    rows = max(1, _WIDENED_NUMBERS // weight_VD.shape[1])
+    return [slice(start, start + rows) for start in range(0, len(weight_VD), rows)]
 
 
 def _widened(array: Array) -> NDArray[numpy.float64]:

@@ -28,6 +28,9 @@ _SLOT = numpy.uint64(WHOLE - 1)
 _SHIFT = numpy.uint64(PRECISION)
 _WORD = numpy.uint64(32)
 _LOW = numpy.uint64(2**32)
+# Of so few keys among so few values, one search through all values takes less time than the calls that halving takes.
+_FEW_KEYS = 384
+_FEW_VALUES = 1 << 17
 # A state of at least 2^33 x frequency would outgrow 64 bits when the symbol is added to it.
 _ROOM = numpy.uint64(33)
 
@@ -119,6 +122,9 @@ class Search:
     def last_not_above(self, keys_A: Integers) -> Integers:
         """The last place of a value that is not above each key, in whatever shape; there must be one."""
         values, keys = self._values, keys_A.reshape(-1)
+        if len(keys) <= _FEW_KEYS and len(values) <= _FEW_VALUES:
+            few: Integers = numpy.searchsorted(values, keys.astype(values.dtype), side="right").reshape(keys_A.shape) - 1
+            return few
         buckets = keys >> self._shift
         low, high = self._table[buckets].astype(numpy.int64), self._table[buckets + 1].astype(numpy.int64)
         # The first place of a value above the key lies in [low, high], which is halved until it is known.

@@ -24,7 +24,8 @@ class StoreIdentity:
     """What every target of a store depends on; two stores with the same identity hold the same numbers for the same tokens.
 
     `vocabulary` is the fingerprint, `vocabulary_size` its number of real tokens; `chat_template_sha256` None where there is no template;
-    `temperature` the one that targets are made at; `generation` how the teacher's answers were drawn.
+    `temperature` the one that targets are made at; `generation` how the teacher's answers were drawn; `arithmetic` what the teacher computed in: float32,
+    bfloat16, or int8, which is bfloat16 with linear layers kept in eight bits.
     """
 
     teacher: ModelRef
@@ -34,6 +35,7 @@ class StoreIdentity:
     codec: Codec
     temperature: float
     generation: Sampling
+    arithmetic: str = "float32"
 
     def differences(self, other: StoreIdentity) -> list[str]:
         """What differs, a line each: field, what `self` has, what `other` has. A teacher with the same weights is the same wherever it lies."""
@@ -179,6 +181,7 @@ def _identity_json(identity: StoreIdentity) -> dict[str, Any]:
         "codec": describe(identity.codec),
         "target_temperature": identity.temperature,
         "generation": asdict(identity.generation),
+        "arithmetic": identity.arithmetic,
     }
 
 
@@ -191,6 +194,7 @@ def _manifest(tree: dict[str, Any]) -> Manifest:
         codec=codec_from(tree["codec"]),
         temperature=tree["target_temperature"],
         generation=Sampling(**tree["generation"]),
+        arithmetic=tree["arithmetic"],
     )
     return Manifest(
         identity=identity,

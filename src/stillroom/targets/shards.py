@@ -28,6 +28,8 @@ from stillroom.targets.packing import Packed
 TOKENS = Column(name="token_ids", dtype="<i4", width=0)
 
 _BLOCKS = b"blocks"
+# The types of numbers that a shard has, by Arrow's names.
+_DTYPES = {"int8": "i1", "uint16": "<u2", "int32": "<i4", "uint32": "<u4", "float": "<f4"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +137,7 @@ def open_shard(checked: CheckedMap, codec: Codec) -> Shard:
         batch = _batch(checked.mapped)
         spans = [_list_column(batch.column(name), 0) for name in ("span_starts", "span_stops")]
         columns = {name: _list_column(batch.column(name), width) for name, width in widths.items()}
-    except (pyarrow.ArrowException, KeyError, IndexError) as error:
+    except (pyarrow.ArrowException, KeyError, IndexError, TypeError, ValueError) as error:
         corrupt(checked.path, f"is not a shard of this store: {error}")
     for lists in (*spans, *columns.values()):
         checked.require(lists.offsets)
@@ -191,5 +193,10 @@ def _list_column(lists: Any, width: int) -> Lists:
 
 
 def _numbers(array: Any) -> NDArray[Any]:
-    numbers: NDArray[Any] = array.to_numpy(zero_copy_only=True)
-    return numbers
+    """A view. Not by pyarrow's `to_numpy`, which loads pandas where that is installed: a third of a second when the first store is opened."""
+    dtype = numpy.dtype(_DTYPES[str(array.type)])
+    if array.null_count:
+        raise pyarrow.ArrowInvalid("a null is no number")
+    if len(array) == 0:
+        return numpy.empty(0, dtype=dtype)
+    return numpy.frombuffer(array.buffers()[1], dtype=dtype, count=len(array), offset=array.offset * dtype.itemsize)

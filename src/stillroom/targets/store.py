@@ -18,7 +18,7 @@ from __future__ import annotations
 import io
 import struct
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -55,6 +55,8 @@ _PRIOR = "prior.npz"
 _RECORD_DOMAIN = b"stillroom record 1\n"
 # Each map holds a file open, and a process may open 1,024.
 _MAPS = 256
+# Rows of drawn targets that are decoded at once where several batches are read.
+_ROWS_TOGETHER = 8192
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -288,8 +290,31 @@ class TargetStore:
         return sequences, targets
 
     def batches(self, batches: Iterable[Sequence[str]], ahead: int = 2) -> Iterator[tuple[list[TokenSequence], Targets]]:
-        """What `read` gives for each of `batches` in turn, read in the background, at most `ahead` batches before they are asked for."""
-        return ahead_of((self.read(batch) for batch in batches), ahead)
+        """What `read` gives for each of `batches` in turn, read in the background, at most `ahead` batches before they are asked for.
+
+        Batches of drawn targets are decoded several at once, up to 8,192 rows or one batch, since a few rows take nearly as long as many: so much
+        more may wait, and a batch is a view of what was decoded.
+        """
+        return ahead_of(self._read_together(batches) if isinstance(self.identity.codec, DrawnCodec) else map(self.read, batches), ahead)
+
+    def _read_together(self, batches: Iterable[Sequence[str]]) -> Iterator[tuple[list[TokenSequence], Targets]]:
+        for group in _grouped(batches, self._rows_here, _ROWS_TOGETHER):
+            try:
+                sequences, targets = self.read([record for batch in group for record in batch])
+            except StoreError:
+                # What can be read comes before the error, as if each batch had been read alone.
+                yield from map(self.read, group)
+                continue
+            first = start = 0
+            for batch in group:
+                some = sequences[first : first + len(batch)]
+                stop = start + sum(len(sequence.scored_rows) for sequence in some)
+                yield some, slice_targets(targets, start, stop)
+                first, start = first + len(batch), stop
+
+    def _rows_here(self, batch: Sequence[str]) -> int:
+        """Scored rows of those records that are here."""
+        return int(self._index.rows[[place for record in batch if (place := self._index.position.get(record)) is not None]].sum())
 
     def sequences(self, record_ids: Sequence[str]) -> list[TokenSequence]:
         """The tokens alone."""
@@ -469,6 +494,21 @@ def _runs(sorted_numbers: Integers, order: Integers) -> tuple[list[int], list[In
     """Each number once, and the parts of `order` that belong to it."""
     numbers, first = numpy.unique(sorted_numbers, return_index=True)
     return numbers.tolist(), numpy.split(order, first[1:]) if len(first) else []
+
+
+def _grouped(batches: Iterable[Sequence[str]], rows_of: Callable[[Sequence[str]], int], most: int) -> Iterator[list[Sequence[str]]]:
+    """Runs of batches with at most `most` rows together, or of one batch."""
+    group: list[Sequence[str]] = []
+    rows = 0
+    for batch in batches:
+        more = rows_of(batch)
+        if group and rows + more > most:
+            yield group
+            group, rows = [], 0
+        group.append(batch)
+        rows += more
+    if group:
+        yield group
 
 
 def _labels(sequences: Sequence[TokenSequence]) -> NDArray[numpy.int64]:

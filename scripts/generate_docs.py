@@ -1,4 +1,4 @@
-"""Write the generated pages of docs/reference: cli.md, recipe.md, plan.md, report.md, report.schema.json, errors.md.
+"""Write the generated pages of docs/reference: cli.md, recipe.md, plan.md, cards.md, report.md, report.schema.json, errors.md.
 
     python scripts/generate_docs.py [--check]
 
@@ -150,6 +150,45 @@ def plan_page() -> str:
         "`plan.json` of a run directory, and what `stillroom plan --json` prints. Nothing in it was measured on the run itself: it comes before."
     )
     return page("Plan", introduction, model_sections(Plan))
+
+
+def cards_page() -> str:
+    """The newest result of benchmarks/cards.py."""
+    path = max((ROOT / "benchmarks" / "results").glob("*-cards.json"))
+    result = json.loads(path.read_text(encoding="utf-8"))
+    settings = result["settings"]
+    introduction = (
+        "Which of the usual pairs fit on a card of 80 GB and on one of 141 GB. `stillroom plan RECIPE --cards` says the same of your own pair. "
+        f"{' '.join(result['caveats'])}\n\n"
+        f"{settings['sequences_per_step']} sequences a step, {settings['prompt_tokens']} tokens of prompt and {settings['answer_tokens']} of answer each; student and AdamW's "
+        "moments in float32, products in bfloat16, teacher in bfloat16. **Stored**: the teacher's distributions are collected first (`targets.kind: drawn`), and no teacher is "
+        "there while the student learns; **live**: it is asked at every step, on the same card. Where a pair does not fit as the recipe has it, these are tried in turn, and the "
+        "first that fits is named: `training.gradient_checkpointing` (time), `training.optimiser_offload` (time), `hardware.parallel: shard` on 2, 4, 8 cards, and `teacher.dtype: "
+        "int8` (exactness).\n\n"
+        f"From [{path.name}](../../benchmarks/results/{path.name})."
+    )
+    return page(
+        "What fits on which card",
+        introduction,
+        table(("teacher", "student", "targets", *(f"cards of {card['name']}" for card in result["cards"])), _pairs(result)),
+    )
+
+
+def _pairs(result: dict[str, Any]) -> list[tuple[str, ...]]:
+    pairs: dict[tuple[str, str, str], dict[str, str]] = {}
+    for row in result["rows"]:
+        pairs.setdefault((row["teacher"], row["student"], row["targets"]), {})[row["card"]] = _fit(row)
+    return [(*pair, *(of_cards[card["name"]] for card in result["cards"])) for pair, of_cards in pairs.items()]
+
+
+def _fit(row: dict[str, Any]) -> str:
+    stage = max(row["peak_bytes"], key=row["peak_bytes"].__getitem__)
+    peak = f"{row['peak_bytes'][stage] / 1e9:.0f} GB ({stage})"
+    if not row["fits"]:
+        return f"does not fit: {peak}"
+    number = f"{row['cards']} cards, " if row["cards"] > 1 else ""
+    needed = f"; {', '.join(f'`{setting}`' for setting in row['settings'])}" if row["settings"] else ""
+    return f"{number}micro-batch {row['micro_batch']}, {peak}{needed}"
 
 
 def model_sections(model: type[BaseModel]) -> list[str]:
@@ -308,6 +347,7 @@ def pages() -> dict[str, str]:
         "cli.md": cli_page(app),
         "recipe.md": recipe_page(),
         "plan.md": plan_page(),
+        "cards.md": cards_page(),
         "report.md": report_page(),
         "report.schema.json": report_schema(),
         "errors.md": errors_page(),

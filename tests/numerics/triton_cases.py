@@ -275,7 +275,7 @@ def test_what_is_not_known_here_is_left_to_autograd() -> None:
 def test_no_tensor_is_larger_than_a_chunk_of_logits(kind: str, on_triton: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of at most 4 rows by memory, whatever was asked for, and no more at a peak for more rows."""
     columns = -(-SIZE // 16) * 16
-    monkeypatch.setattr(fused_triton, "BUFFER_BYTES", 4 * columns * 4 * (2 if kind == "hidden" else 1))
+    monkeypatch.setattr(fused_triton, "GPU_BUFFER_BYTES", 4 * columns * 4 * (2 if kind == "hidden" else 1))
     monkeypatch.setattr(fused_triton, "PIECE_NUMBERS", 8 * cpu.WIDTH)
     divergence = cross_entropy() if kind == "text" else forward_kl()
     peaks = []
@@ -300,7 +300,7 @@ def test_rows_fill_the_buffers_evenly() -> None:
     linear = fused.linear_head(head)
     assert linear is not None
     through = fused_triton.TritonHead(hidden_of(), linear, size=SIZE, terms=[], match_temperature=1.0, backward=True)
-    rows = fused_triton.BUFFER_BYTES // (2 * 48 * 4)
+    rows = fused_triton.GPU_BUFFER_BYTES // (2 * 48 * 4)
     states = torch.empty(rows + 1, 1)
     assert through.chunks_of(states, targets_of("hidden"), 10**9) == [(0, rows // 2 + 1), (rows // 2 + 1, rows + 1)]
     assert through.chunks_of(states, targets_of("text"), 10**9) == [(0, rows + 1)]

@@ -35,9 +35,9 @@ def init(out: Path) -> None:
     output().print(f"Wrote {out}. Edit teacher, terms, student and prompts, then: stillroom plan {out}", soft_wrap=True, highlight=False)
 
 
-def plan(recipe: Path, as_json: bool) -> None:
+def plan(recipe: Path, as_json: bool, cards: bool) -> None:
     """Prints the plan."""
-    found = runs.plan(Recipe.from_yaml(recipe))
+    found = runs.plan(Recipe.from_yaml(recipe), cards=cards)
     if as_json:
         print(json.dumps(found.model_dump(mode="json"), indent=2))
     else:

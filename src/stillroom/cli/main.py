@@ -59,9 +59,13 @@ def init(out: Annotated[Path, typer.Option("--out", help="Where to write it.")] 
 
 
 @app.command()
-def plan(recipe: RecipeArgument, as_json: Annotated[bool, typer.Option("--json", help="Print plan.json instead of a page.")] = False) -> None:
+def plan(
+    recipe: RecipeArgument,
+    as_json: Annotated[bool, typer.Option("--json", help="Print plan.json instead of a page.")] = False,
+    cards: Annotated[bool, typer.Option("--cards", help="Say also which graphics cards it would fit on, and how; some seconds more.")] = False,
+) -> None:
     """Say what would happen: signal and why, vocabularies, memory, time, terms. Makes no request, spends nothing."""
-    commands.plan(recipe, as_json)
+    commands.plan(recipe, as_json, cards)
 
 
 @app.command()

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from stillroom.runs import Comparison, Plan
-from stillroom.runs.plan import Terms
+from stillroom.runs.plan import CardFit, Terms
 from stillroom.runs.report import Absent, Maybe, Number, Report
 
 _MODELS = (("teacher", "teacher"), ("student", "student"), ("label_only", "label-only"), ("student_before", "student before"))
@@ -127,7 +127,19 @@ def plan_page(plan: Plan) -> RenderableType:
     table.add_row("memory", f"about {_size(estimate.peak_memory_bytes)} at its peak, of {_size(estimate.memory_available_bytes)} available")
     table.add_row("disk", f"about {_size(estimate.disk_bytes)}, of {_size(estimate.disk_free_bytes)} free")
     notes = [Text(f"warning: {warning}", style="yellow") for warning in plan.warnings]
-    return Group(table, *notes)
+    return Group(table, *([Text(""), _cards(plan.cards)] if plan.cards else []), *notes)
+
+
+def _cards(cards: Sequence[CardFit]) -> RenderableType:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for name in ("on cards of", "cards", "micro-batch", "at its peak", "of", "with"):
+        table.add_column(name, overflow="fold", no_wrap=name != "with")
+    for fit in cards:
+        stage = max(fit.peak_bytes, key=fit.peak_bytes.__getitem__)
+        number, micro_batch = (str(fit.cards), str(fit.micro_batch)) if fit.fits else ("does not fit", "")
+        peak = f"{_size(fit.peak_bytes[stage])} ({stage})"
+        table.add_row(fit.card, number, micro_batch, peak, _size(fit.usable_bytes), "; ".join(fit.settings) or "the recipe as it is")
+    return table
 
 
 def _terms(terms: Terms) -> str:

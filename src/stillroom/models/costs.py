@@ -83,8 +83,8 @@ class LearningCosts:
     """What lives of one row of a chunk while it goes through head, objective and back."""
     head_bytes: float
     """What lives besides, whatever the number of rows: the head's gradient before it is added."""
-    fused: bool
-    """Whether the head goes through `objectives.fused`, which bounds the rows of a chunk itself."""
+    head_is_plain: bool
+    """Whether the head is one that `objectives.fused` takes, which bounds the rows of a chunk itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,7 +267,7 @@ def learning_costs(
         fixed_bytes=kept_always.whole(pattern) + max(0.0, beside_always.one, beside_always.two) * pattern.scale,
         row_bytes=row_bytes * more,
         head_bytes=max(0.0, head.peak_bytes - row_bytes * rows) * more * pattern.widening,
-        fused=meter.device.type == "cpu" and dtype == torch.float32 and linear_head(head_of(model)) is not None,
+        head_is_plain=linear_head(head_of(model)) is not None,
     )
 
 

@@ -23,7 +23,7 @@ from stillroom.models.adapters import LoraSettings
 from stillroom.models.costs import LearningCosts, ReadingCosts, learning_costs, reading_costs
 from stillroom.models.local import COMPARED_AT_ONCE, DRAWN_AT_ONCE, VALUES_AT_ONCE
 from stillroom.models.probing import Meter, Outline, Pattern, as_in_a_run, pattern_of, stand_in
-from stillroom.objectives.fused import rows_that_fit
+from stillroom.objectives.fused import GPU_BUFFER_BYTES, TRITON_DEVICES, gpu_row_bytes, rows_that_fit
 from stillroom.objectives.objective import Objective
 
 C = TypeVar("C")
@@ -59,6 +59,11 @@ _PRIOR_BYTES, _FIRST_PRIOR_BYTES = 530, 950
 # Of a batch that writes: 1.2 to 1.3 (live) and 1.8 (demo) at the peak of collecting, which is that of a whole run where training pads nothing.
 _WRITING_GAPS = 1.45
 
+# --- memory of a GPU: what is added to the head's gradient at a time (fused_triton), and what cuBLAS works in.
+_PIECE_BYTES, _PRODUCT_BYTES = 2**25, 2**26
+# FSDP2 fetches the next layer while one is at work, and adds up the gradient of the one before.
+_LAYERS_FETCHED = 2
+
 # As in runs.collecting: prompts that are answered and stored together.
 _PART = 512
 # A batch is cut down when fewer than this share of it still write (models.rollouts).
@@ -82,6 +87,7 @@ class Workload:
 
     `packing` names the models whose sequences are laid end to end; `recomputed` says that the student's layers are computed again for their gradient.
     `row_bytes` is what a store keeps of a scored row; `mapped_bytes` the size of the teacher's files where they are not in the dtype it runs in.
+    `parts`: into how many the student is cut, each with a process and a device of its own; times are then those of one process.
     """
 
     teacher: Outline
@@ -122,6 +128,7 @@ class Workload:
     trainable: int | None = None
     lora: LoraSettings | None = None
     optimiser_offload: bool = False
+    parts: int = 1
 
     @property
     def learned(self) -> int:
@@ -268,13 +275,19 @@ def _learning_costs(work: Workload, meter: Meter, pattern: Pattern) -> LearningC
 
 def estimate(work: Workload, found: Measured) -> WorkEstimate:
     """Times and sizes of `work`, which may differ in its micro-batch from what `found` was measured for."""
-    seconds, sizes = _Seconds(work, found), _Bytes(work, found)
+    seconds = _Seconds(work, found)
     by_stage = {"collect": seconds.collect(), "train": seconds.train(), "label_only": seconds.label_only(), "evaluate": seconds.evaluate()}
-    peaks = {"collect": sizes.collect(), "train": sizes.train(), "evaluate": sizes.evaluate()}
+    peaks = peak_bytes(work, found)
     how = f"copies of both models with one and two layers measured on this machine as busy as it is, and extrapolated; memory is highest in {max(peaks, key=peaks.__getitem__)}"
     if found.stand_ins:
         how += f"; of the {' and the '.join(found.stand_ins)} a narrower stand-in was measured"
     return WorkEstimate(seconds={name: value * found.slowdown for name, value in by_stage.items()}, peak_bytes=peaks, how=how)
+
+
+def peak_bytes(work: Workload, found: Measured) -> dict[str, float]:
+    """The most that each stage takes, as `WorkEstimate` has it, of the first process where there are several."""
+    sizes = _Bytes(work, found)
+    return {"collect": sizes.collect(), "train": sizes.train(), "evaluate": sizes.evaluate()}
 
 
 def _python_work() -> int:
@@ -470,21 +483,18 @@ class _Bytes:
 
     def train(self) -> float:
         work, learning = self.work, self.found.learning
-        weights, gradients = 4.0 * work.student.parameters, 4.0 * work.learned
-        micro_steps = math.ceil(work.sequences_per_step / work.micro_batch)
+        weights, gradients = 4.0 * work.student.parameters / work.parts, 4.0 * work.learned / work.parts
+        micro_steps = math.ceil(work.sequences_per_step / work.parts / work.micro_batch)
         tokens = work.micro_batch * self._length(work.micro_batch, work.sequences_per_step * work.length_window, "student")
         rows = work.micro_batch * work.answer_mean
         # The feed-forward layer's are the largest blocks of a body, the logits those of a head.
         block = tokens * work.student.shape.feed_forward * 4
         kept, working = (self._resident(tokens * each, block) for each in (learning.kept_bytes, learning.working_bytes))
-        chunk_rows = min(rows, work.rows_per_chunk)
-        if learning.fused:
-            chunk_rows = min(chunk_rows, rows_that_fit(work.size, work.target_kind == "hidden", torch.float32))
-        chunk = self._resident(chunk_rows * learning.row_bytes, chunk_rows * work.size * 4) + learning.head_bytes
+        chunk = self._through_head(rows)
         targets = rows * self._target_bytes()
         # With one micro-batch, gradients come to be as what was kept for them goes.
         before, after = (gradients, gradients) if micro_steps > 1 else (0.0, gradients)
-        passing = learning.fixed_bytes + max(before + kept + targets + max(chunk, working), after + working)
+        passing = learning.fixed_bytes + self._fetched() + max(before + kept + targets + max(chunk, working), after + working)
         teacher = self.teacher if work.from_teacher or (work.live and work.target_kind != "text") else 0.0
         asking = 0.0
         if work.live and work.target_kind != "text":
@@ -495,6 +505,32 @@ class _Bytes:
         tensors = weights + moments + max(passing, asking, gradients) + teacher + heads
         files = self._mapped() + (self.head if self.rows_stored else 0)
         return self._process(tensors, work.prompts * (_RECORD_BYTES + _TOKEN_BYTES * (work.prompt_mean + work.answer_mean)) + files)
+
+    def _through_head(self, rows: float) -> float:
+        """A chunk of a micro-batch's rows, on its way through the head and back."""
+        work, learning = self.work, self.found.learning
+        hidden = work.target_kind == "hidden"
+        rows = min(rows, work.rows_per_chunk)
+        if learning.head_is_plain and work.device.type in TRITON_DEVICES:
+            width = work.student.shape.width
+            buffers = min(GPU_BUFFER_BYTES, rows * gpu_row_bytes(work.size, hidden, work.dtype))
+            # The head in the type of the products, where that is not its own.
+            narrowed = work.size * width * self.element if work.dtype != torch.float32 else 0
+            return buffers + narrowed + _PIECE_BYTES + _PRODUCT_BYTES
+        if learning.head_is_plain and self.on_cpu and work.dtype == torch.float32:
+            rows = min(rows, rows_that_fit(work.size, hidden, torch.float32))
+        return self._resident(rows * learning.row_bytes, rows * work.size * 4) + learning.head_bytes
+
+    def _fetched(self) -> float:
+        """Of a student in parts, what is whole on each device while it passes: embeddings and head with their gradient, and layers, as models.parallel
+        cuts it.
+        """
+        work, shape = self.work, self.work.student.shape
+        if work.parts == 1:
+            return 0.0
+        outside = (1 if shape.tied_embeddings else 2) * shape.rows * shape.width
+        layer = (work.student.parameters - outside) / shape.layers
+        return 2 * 4 * outside + layer * (_LAYERS_FETCHED * self.element + 2 * 4)
 
     def evaluate(self) -> float:
         work, teacher, student = self.work, self.found.teacher, self.found.student

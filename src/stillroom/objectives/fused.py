@@ -33,6 +33,8 @@ from stillroom.targets.rows import slice_targets
 
 # What the logits of one chunk may take, both models' together. The element-wise work needs about a tenth of it besides.
 BUFFER_BYTES = 208 * 2**20
+# The same on a GPU, with the gradient. More rows at once mean fewer passes over the gradient of the head.
+GPU_BUFFER_BYTES = 3 * 2**29
 # Logits of one block: half a dozen arrays of this size, 2 MiB each, should find room in the cache.
 BLOCK_VALUES = 2**19
 # A product takes so many of a head's rows at a time, and on the way to the logits no more than so many weights (4 MiB in float32). MKL takes a quarter
@@ -170,6 +172,19 @@ def even_chunks(rows: int, most: int) -> list[tuple[int, int]]:
 def rows_that_fit(size: int, hidden: bool, dtype: torch.dtype) -> int:
     """How many rows' logits `BUFFER_BYTES` hold, both models' where targets are hidden states; at least one."""
     return max(1, BUFFER_BYTES // ((1 + hidden) * size * dtype.itemsize))
+
+
+def gpu_row_bytes(size: int, beside: bool, dtype: torch.dtype) -> int:
+    """What `fused_triton` keeps of a row in a chunk that goes through a head in `dtype`: logits, also the teacher's where they lie `beside`, in float32 or
+    wider, and the gradient with respect to them.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    return padded(size) * ((2 if beside else 1) * wide.itemsize + (dtype.itemsize if dtype != wide else 0))
+
+
+def padded(size: int) -> int:
+    """Numbers in a row of a GPU's buffer, which starts where 16 bytes can be read at a time."""
+    return -(-size // 16) * 16
 
 
 # -- through the head and back ------------------------------------------------------------------------------------------

@@ -26,11 +26,9 @@ from torch import Tensor
 
 from stillroom.objectives import fused_kernels, quantities
 from stillroom.objectives.divergences import Divergence
-from stillroom.objectives.fused import FusedTerm, LinearHead, even_chunks
+from stillroom.objectives.fused import GPU_BUFFER_BYTES, FusedTerm, LinearHead, even_chunks, gpu_row_bytes, padded
 from stillroom.targets.kinds import DrawnTargets, FullTargets, HiddenTargets, Targets, TextTargets, TopKTargets
 
-# What the logits of one chunk may take, both models' and the gradient together. More rows at once mean fewer passes over the gradient of the head.
-BUFFER_BYTES = 3 * 2**29
 # Ids that a program works on at a time, eight for each of its threads.
 BLOCK = 2048
 WARPS = 8
@@ -115,11 +113,9 @@ class TritonHead:
         self._bias_sum = _GradientSum(head.bias_V, size, self._wide) if backward else None
 
     def chunks_of(self, hidden_RD: Tensor, targets: Targets, most: int) -> list[tuple[int, int]]:
-        """(start, stop) of chunks of at most `most` rows whose logits fit into `BUFFER_BYTES`, as even as can be."""
+        """(start, stop) of chunks of at most `most` rows whose logits fit into `GPU_BUFFER_BYTES`, as even as can be."""
         beside = isinstance(targets, HiddenTargets) or _keeps_every_id(targets, self._size)
-        logits, gradient = (2 if beside else 1) * self._wide.itemsize, self._dtype.itemsize if self._dtype != self._wide else 0
-        row_bytes = _padded(self._size) * (logits + gradient)
-        return even_chunks(len(hidden_RD), max(1, min(most, BUFFER_BYTES // row_bytes)))
+        return even_chunks(len(hidden_RD), max(1, min(most, GPU_BUFFER_BYTES // gpu_row_bytes(self._size, beside, self._dtype))))
 
     @torch.no_grad()
     def chunk(
@@ -149,7 +145,7 @@ class TritonHead:
 
     def _buffer(self, name: str, rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         if name not in self._buffers or len(self._buffers[name]) < rows:
-            self._buffers[name] = torch.empty(rows, _padded(self._size), dtype=dtype, device=device)
+            self._buffers[name] = torch.empty(rows, padded(self._size), dtype=dtype, device=device)
         return self._buffers[name][:rows, : self._size]
 
     def _back(self, slopes_RV: Tensor, states_RD: Tensor, gradient_RD: Tensor) -> None:
@@ -347,11 +343,6 @@ def _terms(soft: Sequence[FusedTerm]) -> tuple[tuple[str, float, float, float], 
 
 def _keeps_every_id(targets: Targets, size: int) -> bool:
     return isinstance(targets, TopKTargets) and targets.ids_RK.shape[-1] == size
-
-
-def _padded(size: int) -> int:
-    """A row of a buffer: starts where 16 bytes can be read at a time."""
-    return -(-size // 16) * 16
 
 
 def _pieces(weight_VD: Tensor) -> list[slice]:

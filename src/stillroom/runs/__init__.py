@@ -25,14 +25,14 @@ class Comparison:
     student: str
 
 
-def plan(recipe: Recipe) -> Plan:
-    """What a run of `recipe` would do. Loads no weights, makes no request, writes nothing.
+def plan(recipe: Recipe, *, cards: bool = False) -> Plan:
+    """What a run of `recipe` would do; with `cards`, also which graphics cards it would fit on. Loads no weights, makes no request, writes nothing.
 
     Of a teacher behind an API there is no plan yet: raises what `run` would raise.
     """
     if recipe.terms.access != "weights":
         entitled(recipe)
-    result: Plan = _torch_side("stillroom.runs.planning").plan(recipe)
+    result: Plan = _torch_side("stillroom.runs.planning").plan(recipe, cards=cards)
     return result
 
 

@@ -101,6 +101,24 @@ class Estimate(Documented):
     how: str
 
 
+class CardFit(Documented):
+    """How the run would fit on graphics cards of one kind; predicted, not measured."""
+
+    card: str
+    """The memory that is printed on it."""
+    usable_bytes: int
+    """What of that a process can have; nine tenths of it may be planned."""
+    fits: bool
+    cards: int
+    """How many of them, with a process for each."""
+    settings: list[str]
+    """What the recipe would have to say besides."""
+    micro_batch: int
+    """The largest that fits, of each process."""
+    peak_bytes: dict[str, int]
+    """By stage, on the first card."""
+
+
 class Terms(Documented):
     """The entitlement verdict, in lines; decision.json has it whole."""
 
@@ -153,5 +171,7 @@ class Plan(Documented):
     epochs: float
     hardware: Hardware
     estimate: Estimate
+    cards: list[CardFit] = Field(default_factory=list)
+    """Only where they were asked for: `stillroom plan --cards`."""
     decisions: list[Decision] = Field(default_factory=list)
     warnings: list[str] = Field(default_factory=list)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +19,7 @@ from stillroom.data import LoadedPrompts, Prompt, load_prompts
 from stillroom.entitlement.verdict import Verdict
 from stillroom.models.adapters import LoraSettings, add_lora
 from stillroom.models.arithmetic import require_compiler
+from stillroom.models.cards import fits
 from stillroom.models.estimate import LabelOnlyWork, WorkEstimate, Workload, estimate, measure
 from stillroom.models.loading import (
     ModelDescription,
@@ -38,7 +39,7 @@ from stillroom.objectives.matching import STATE_MATCHES
 from stillroom.objectives.objective import Objective, WeightedTerm
 from stillroom.runs.entitling import decide_recipe, entitled, sources_of, terms_of
 from stillroom.runs.loggers import chosen as loggers_chosen
-from stillroom.runs.plan import Estimate, Hardware, ModelFacts, Plan, PromptFacts, Signal, VocabularyFacts
+from stillroom.runs.plan import CardFit, Estimate, Hardware, ModelFacts, Plan, PromptFacts, Signal, VocabularyFacts
 from stillroom.runs.recipe import ObjectiveSection, Recipe
 from stillroom.runs.report import Decision
 from stillroom.targets.vocabulary import Vocabulary, require_same
@@ -114,12 +115,12 @@ def product_dtype(teacher_dtype: str) -> torch.dtype:
     return torch.float32 if teacher_dtype == "float32" else torch.bfloat16
 
 
-def plan(recipe: Recipe, *, out: Path | None = None) -> Plan:
-    """The plan alone."""
-    return prepare(recipe, out=out).plan
+def plan(recipe: Recipe, *, out: Path | None = None, cards: bool = False) -> Plan:
+    """The plan alone; with `cards`, also which graphics cards it would fit on, which takes some seconds more."""
+    return prepare(recipe, out=out, cards=cards).plan
 
 
-def prepare(recipe: Recipe, *, out: Path | None = None, planned: Plan | None = None, gate: bool = False) -> Prepared:
+def prepare(recipe: Recipe, *, out: Path | None = None, planned: Plan | None = None, gate: bool = False, cards: bool = False) -> Prepared:
     """Checks everything and decides everything that a run depends on. Raises StillroomError for whatever would make the run fail later.
 
     `out` is where the run will be, so that the right disk is looked at; None: where the process is. `planned` is a plan made before: its decisions
@@ -147,7 +148,7 @@ def prepare(recipe: Recipe, *, out: Path | None = None, planned: Plan | None = N
     for match in objective.state_matches:
         match.check_widths(student.shape.width, teacher.shape.width)
     if planned is None:
-        planned = _Planner(recipe, out or Path.cwd(), teacher, student, teacher_vocabulary, renderer, prompts, objective).plan(verdict)
+        planned = _Planner(recipe, out or Path.cwd(), teacher, student, teacher_vocabulary, renderer, prompts, objective).plan(verdict, cards=cards)
     return Prepared(
         recipe=recipe,
         plan=planned,
@@ -279,7 +280,7 @@ class _Planner:
         self.prompt_lengths: list[int] = []
         self.answer_lengths: list[int] = []
 
-    def plan(self, verdict: Verdict) -> Plan:
+    def plan(self, verdict: Verdict, *, cards: bool) -> Plan:
         """The whole page."""
         recipe = self.recipe
         facts = self._prompts()
@@ -319,6 +320,7 @@ class _Planner:
                 disk_free_bytes=durable.free_bytes(self.out),
                 how=found.how,
             ),
+            cards=self._cards(facts, signal, hardware, steps) if cards else [],
             decisions=self.decisions,
             warnings=self.warnings,
         )
@@ -528,6 +530,13 @@ class _Planner:
         if self.recipe.training.micro_batch == "auto":
             self._decided("training.micro_batch", str(work.micro_batch), "the largest that fits into memory by the estimate")
         return hardware.model_copy(update={"micro_batch": work.micro_batch}), found
+
+    def _cards(self, facts: PromptFacts, signal: Signal, hardware: Hardware, steps: int) -> list[CardFit]:
+        """The same run on a card, in the arithmetic that `auto` means there; the teacher shares the card with the student."""
+        dtype = "bfloat16" if self.recipe.hardware.dtype == "auto" else hardware.dtype
+        there = {"device": "cuda", "dtype": dtype, "teacher_dtype": self._teacher_dtype(dtype)}
+        work = self._workload(facts, signal, hardware.model_copy(update=there), steps)
+        return [CardFit(**asdict(fit)) for fit in fits(work)]
 
     # --- sizes ------------------------------------------------------------------------------------------------------------------------
 

@@ -46,8 +46,8 @@ class BatchSource(Protocol):
         """Scored rows of these records, without asking for their targets."""
         ...
 
-    def batch(self, record_ids: Sequence[str]) -> Batch:
-        """The records in the order asked for, with what the teacher said about them."""
+    def batches(self, parts: Sequence[Sequence[str]]) -> Iterator[Batch]:
+        """For each part, when its turn comes, its records in the order asked for, with what the teacher said about them."""
         ...
 
 
@@ -276,9 +276,10 @@ class Loop:
         """This process's share of `records`; where processes go in step, as many batches as the largest share makes."""
         mine = share(records, self.processes.rank, self.processes.size)
         most = -(-len(records) // self.processes.size) if self.student.in_step else len(mine)
-        for at in range(0, most, at_once):
-            part = mine[at : at + at_once]
-            yield self.source.batch(part) if part else self._nothing
+        parts = [mine[at : at + at_once] for at in range(0, most, at_once)]
+        batches = self.source.batches([part for part in parts if part])
+        for part in parts:
+            yield next(batches) if part else self._nothing
 
     def _added_up(self, sums: StepSums, too_large: bool, failed: bool) -> tuple[bool, bool, StepSums]:
         """Over all processes: whether one has not enough memory, whether one failed, and the sums."""

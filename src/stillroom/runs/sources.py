@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import starmap
 
 from stillroom.core.identities import TokenSequence
 from stillroom.models.local import text_targets
-from stillroom.targets.kinds import TargetRequest
+from stillroom.targets.codecs import DrawnCodec
+from stillroom.targets.kinds import TargetRequest, Targets
 from stillroom.targets.protocols import Batch, Teacher
 from stillroom.targets.store import TargetStore
 from stillroom.targets.vocabulary import Vocabulary
@@ -36,7 +38,15 @@ class StoredSource:
 
     def batch(self, record_ids: Sequence[str]) -> Batch:
         """The records with their stored targets."""
-        sequences, targets = self.store.read(record_ids)
+        return self._batch(*self.store.read(record_ids))
+
+    def batches(self, parts: Sequence[Sequence[str]]) -> Iterator[Batch]:
+        """Each part in turn. Drawn targets take long to decode and little room: they are decoded together, ahead of their turn, in the background."""
+        if len(parts) > 1 and isinstance(self.store.identity.codec, DrawnCodec):
+            return starmap(self._batch, self.store.batches(parts))
+        return map(self.batch, parts)
+
+    def _batch(self, sequences: Sequence[TokenSequence], targets: Targets) -> Batch:
         return Batch(sequences=tuple(sequences), targets=targets, labels=text_targets(sequences, self.vocabulary))
 
 
@@ -62,6 +72,10 @@ class LiveSource:
         targets = self.teacher.targets(sequences, self.request)
         return Batch(sequences=tuple(sequences), targets=targets, labels=text_targets(sequences, self.teacher.vocabulary))
 
+    def batches(self, parts: Sequence[Sequence[str]]) -> Iterator[Batch]:
+        """Each part in turn."""
+        return map(self.batch, parts)
+
 
 @dataclass(frozen=True)
 class TextSource:
@@ -83,3 +97,7 @@ class TextSource:
         sequences = [self.sequences[record] for record in record_ids]
         labels = text_targets(sequences, self.vocabulary)
         return Batch(sequences=tuple(sequences), targets=labels, labels=labels)
+
+    def batches(self, parts: Sequence[Sequence[str]]) -> Iterator[Batch]:
+        """Each part in turn."""
+        return map(self.batch, parts)

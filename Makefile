@@ -15,7 +15,7 @@ help:
 	@echo "make demo    distil the bundled teacher into a small student and open the book on it (a few minutes)"
 	@echo "make test    all tests, on $(WORKERS) processes"
 	@echo "make check   lint, format, types, contract tests"
-	@echo "make bench   the demo over seeds 0, 1, 2 with the text-only comparison; writes a dated file into benchmarks/results"
+	@echo "make bench   speed against TRL, installed apart into build/peers, and the demo over three seeds; an hour; dated files in benchmarks/results"
 	@echo "make soak    the long runs that make test leaves out"
 	@echo "make docs    write the generated pages of docs/reference again"
 	@echo "make clean   remove .venv, caches and the demo's run"
@@ -57,6 +57,8 @@ format: .venv/.dev
 	$(BIN)/ruff format .
 
 bench: .venv/.dev
+	$(BIN)/python benchmarks/fused_divergence.py
+	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/demo.py
 
 soak: .venv/.dev

@@ -174,6 +174,12 @@ def rows_that_fit(size: int, hidden: bool, dtype: torch.dtype) -> int:
     return max(1, BUFFER_BYTES // ((1 + hidden) * size * dtype.itemsize))
 
 
+def _block_rows(size: int) -> int:
+    """Rows of a block: as many for each thread as for the others, since a softmax gives whole rows to threads."""
+    rows, threads = max(1, BLOCK_VALUES // size), torch.get_num_threads()
+    return rows - rows % threads if rows > threads else rows
+
+
 def gpu_row_bytes(size: int, beside: bool, dtype: torch.dtype) -> int:
     """What `fused_triton` keeps of a row in a chunk that goes through a head in `dtype`: logits, also the teacher's where they lie `beside`, in float32 or
     wider, and the gradient with respect to them.
@@ -225,7 +231,7 @@ class FusedHead:
             teacher_RV = _project(states_RE, targets.head.weight_VD, self._buffer("teacher", hidden_RD))
         bias_V = self._gradient_of(self._head.bias_V) if self._backward else None
         parts: list[list[Tensor]] = []
-        for start in range(0, len(hidden_RD), block_rows := max(1, BLOCK_VALUES // self._size)):
+        for start in range(0, len(hidden_RD), block_rows := _block_rows(self._size)):
             rows = slice(start, min(start + block_rows, len(hidden_RD)))
             self._blocks.start(logits_RV[rows])
             block, text = slice_targets(targets, rows.start, rows.stop), slice_targets(labels, rows.start, rows.stop)

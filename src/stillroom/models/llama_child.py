@@ -1,6 +1,6 @@
 """Run in a process of its own (`python -m stillroom.models.llama_child SETTINGS`): llama.cpp's server over one GGUF file, until standard input ends.
 
-SETTINGS is one JSON object, `serving.llama_settings`. Prints the address as one line once the server answers; llama.cpp's messages go to standard
+SETTINGS is one JSON object, as `serving.llama_settings` makes it. Prints the address as one line once the server answers; llama.cpp's messages go to standard
 error. A process of its own, because llama.cpp ends the process it is in where a file surprises it. Standard input is a pipe that the parent holds:
 it ends when the parent does, however that dies.
 """
@@ -28,6 +28,8 @@ def parameters(settings: dict[str, Any]) -> Any:
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = settings["threads"]
     params.use_jinja = True
     params.warmup = False
+    # transformers says nothing of thinking, which templates take for yes; llama.cpp says no to those that it does not know.
+    params.default_template_kwargs = {"enable_thinking": "true"}
     params.verbosity = settings["verbosity"]
     # No page of another site that is open in a browser may ask it.
     params.cors_origins = ""

@@ -24,6 +24,7 @@ from typing import IO, Any, Literal, TypeAlias
 
 from stillroom.core.errors import ModelError, ResourceError, StillroomError
 from stillroom.core.hashing import sha256_files, sha256_hex
+from stillroom.core.interrupts import StopRequest
 from stillroom.core.optional import load, require
 
 Backend: TypeAlias = Literal["llama.cpp", "vllm"]
@@ -32,7 +33,7 @@ Quantisation: TypeAlias = Literal["f32", "f16", "q8_0"]
 HOST = "127.0.0.1"
 # Raised when the same directory is to become another GGUF file than before.
 _CONVERSION = 1
-_CONVERTED_FROM = ("*.json", "*.jinja", "*.safetensors", "README.md", "NOTICE", "LICENSE", "obligations.md")
+_CONVERTED_FROM = ("*.json", "*.jinja", "*.safetensors", "README.md", "NOTICE", "LICENSE", "obligations.md", "LICENSES/*")
 _POLL_SECONDS = 0.05
 _ENDS_WITHIN_SECONDS = 10.0
 _LAST_WORDS = 12
@@ -55,19 +56,32 @@ class ServerSettings:
     exact: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Server:
-    """A server that answers: its address without a path, the name it knows the student by, and whether that has a chat template."""
+    """A server of `student`: its process and what that writes on standard error, its address without a path, the name it knows the student by,
+    and whether that has a chat template. `notes` are what was said of a conversion, () where none was needed.
+    """
 
+    backend: Backend
+    student: Path
     process: subprocess.Popen[str]
+    log: IO[str]
     address: str
     model: str
     chat: bool
+    notes: tuple[str, ...] = ()
 
     @property
     def base_url(self) -> str:
         """What OpenAI's clients call base_url."""
         return f"{self.address}/v1"
+
+    def until(self, stop: StopRequest) -> None:
+        """Returns once `stop` is asked. Raises StillroomError 'server-failed' where the server ends before."""
+        while not stop.asked:
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(_POLL_SECONDS)
+                raise _failed(self.backend, self.student, self.log)
 
     def curl(self) -> str:
         """A command for a shell that asks it one question."""
@@ -99,7 +113,9 @@ def started(student: Path, settings: ServerSettings, backend: Backend) -> Iterat
     with ExitStack() as stack:
         log = stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace"))
         start = _start_llama if backend == "llama.cpp" else _start_vllm
-        yield start(student, settings, stack, log)
+        server = start(student, settings, stack, log)
+        _wait_until_it_answers(server)
+        yield server
 
 
 def choose_backend(wanted: Literal["auto", "llama.cpp", "vllm"]) -> Backend:
@@ -116,31 +132,33 @@ def choose_backend(wanted: Literal["auto", "llama.cpp", "vllm"]) -> Backend:
 
 
 @contextmanager
-def converted(student: Path, quantize: Quantisation) -> Iterator[Path]:
+def converted(student: Path, quantize: Quantisation) -> Iterator[tuple[Path, tuple[str, ...]]]:
     """The student as a GGUF file: itself where it is one, else converted, kept beside the directory under a name that its content decides.
 
-    Where nothing can be written beside it, the file lies in a temporary directory and is gone after the block.
+    With it comes what `export_gguf` notes; () where nothing was converted. Where nothing can be written beside the directory, the file lies in a
+    temporary one and is gone after the block.
     """
     if student.is_file():
-        yield student
+        yield student, ()
         return
     directory = student.resolve()
     kept = f".{directory.name}.{quantize}."
     name = f"{kept}{_digest(directory)[:16]}.gguf"
+    notes: tuple[str, ...] = ()
     with ExitStack() as stack:
         beside = os.access(directory.parent, os.W_OK)
         file = (directory.parent if beside else Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="stillroom-")))) / name
         if not file.is_file():
-            load("stillroom.models.export_gguf", extra="train").export_gguf(student, file, quantize=quantize)
+            notes = load("stillroom.models.export_gguf", extra="train").export_gguf(directory, file, quantize=quantize).notes
             for old in file.parent.iterdir():
                 if old.name.startswith(kept) and old.name.endswith(".gguf") and old != file:
                     old.unlink(missing_ok=True)
-        yield file
+        yield file, notes
 
 
 def _digest(directory: Path) -> str:
     """Of everything that the GGUF file is made from, and of how."""
-    files = {path.name: path for pattern in _CONVERTED_FROM for path in directory.glob(pattern) if path.is_file()}
+    files = {str(path.relative_to(directory)): path for pattern in _CONVERTED_FROM for path in directory.glob(pattern) if path.is_file()}
     return sha256_hex(f"{_CONVERSION} {sha256_files(files)}".encode())
 
 
@@ -157,18 +175,16 @@ def llama_settings(file: Path, name: str, settings: ServerSettings) -> dict[str,
 
 def _start_llama(student: Path, settings: ServerSettings, stack: ExitStack, log: IO[str]) -> Server:
     require("xllamacpp", extra="serve")
-    file = stack.enter_context(converted(student, settings.quantize))
+    file, notes = stack.enter_context(converted(student, settings.quantize))
     name = student.resolve().name.removesuffix(".gguf")
-    told = json.dumps(llama_settings(file, name, settings))
-    process = _child([sys.executable, "-m", "stillroom.models.llama_child", told], stack, log)
+    process = _child([sys.executable, "-m", "stillroom.models.llama_child", json.dumps(llama_settings(file, name, settings))], stack, log)
     assert process.stdout is not None
     address = process.stdout.readline().strip()
     if not address:
         process.wait()
         raise _failed("llama.cpp", student, log)
-    server = Server(process=process, address=address, model=name, chat=_has_chat_template(student))
-    _wait_until_it_answers(server, "llama.cpp", student, log)
-    return server
+    chat = _has_chat_template(student)
+    return Server(backend="llama.cpp", student=student, process=process, log=log, address=address, model=name, chat=chat, notes=notes)
 
 
 def _start_vllm(student: Path, settings: ServerSettings, stack: ExitStack, log: IO[str]) -> Server:
@@ -179,11 +195,9 @@ def _start_vllm(student: Path, settings: ServerSettings, stack: ExitStack, log: 
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(student), "--served-model-name", name]
     command += ["--host", HOST, "--port", str(port), "--max-num-seqs", str(settings.parallel)]
     command += ["--max-model-len", str(settings.context)] if settings.context else []
-    quiet = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
-    process = _child(command, stack, log, quiet)
-    server = Server(process=process, address=f"http://{HOST}:{port}", model=name, chat=_has_chat_template(student))
-    _wait_until_it_answers(server, "vLLM", student, log)
-    return server
+    process = _child(command, stack, log, {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"})
+    address, chat = f"http://{HOST}:{port}", _has_chat_template(student)
+    return Server(backend="vllm", student=student, process=process, log=log, address=address, model=name, chat=chat)
 
 
 def _child(command: list[str], stack: ExitStack, log: IO[str], more: dict[str, str] | None = None) -> subprocess.Popen[str]:
@@ -211,7 +225,7 @@ def _stop(process: subprocess.Popen[str]) -> None:
     process.stdout.close()
 
 
-def _wait_until_it_answers(server: Server, what: str, student: Path, log: IO[str]) -> None:
+def _wait_until_it_answers(server: Server) -> None:
     # No proxy of the environment stands between this machine and itself.
     ask = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
     while True:
@@ -220,20 +234,20 @@ def _wait_until_it_answers(server: Server, what: str, student: Path, log: IO[str
                 if answer.status == 200:
                     return
         if server.process.poll() is not None:
-            raise _failed(what, student, log)
+            raise _failed(server.backend, server.student, server.log)
         time.sleep(_POLL_SECONDS)
 
 
-def last_words(log: IO[str]) -> str:
+def _last_words(log: IO[str]) -> str:
     """The end of what a server wrote on standard error."""
     log.seek(0)
     return " | ".join(line.strip() for line in log.read().splitlines()[-_LAST_WORDS:] if line.strip())
 
 
-def _failed(what: str, student: Path, log: IO[str]) -> StillroomError:
+def _failed(backend: Backend, student: Path, log: IO[str]) -> StillroomError:
     return StillroomError(
         "server-failed",
-        found=f"{what} ended instead of serving {student}; its last words: {last_words(log) or 'none'}",
+        found=f"{backend} ended instead of serving {student}; its last words: {_last_words(log) or 'none'}",
         expected="a server that answers",
         do="Look at its words: a file that it does not take, a context that does not fit into memory, or a port that is not allowed.",
     )

@@ -52,8 +52,8 @@ def write_bytes_atomic(path: Path, data: bytes, *, mode: int = 0o644) -> None:
 def whole_file(path: Path) -> Iterator[Path]:
     """A place for a library to write a large file to, which becomes `path` when the block ends, whole and flushed. Raises ResourceError 'disk-full'.
 
-    The place has no name, so that nothing is left of it where the block fails or the process is killed. A file system that knows no such files gives
-    it the name `.NAME.partial`, which the next one replaces. `path` may not be written from two processes at once.
+    The place has no name, so that nothing is left of it where the block fails or the process is killed. On a file system without such files, and
+    for a moment where an older `path` is replaced, it is called `.NAME.partial`: what a death leaves there the next one removes.
     """
     partial = path.with_name(f".{path.name}.partial")
     write_point()
@@ -68,9 +68,11 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield place
         _sync_file(place)
         write_point()
-        if nameless is not None:
-            _name_file(place, partial)
-        os.replace(partial, path)
+        if nameless is None or not _named(place, path):
+            if nameless is not None:
+                _named(place, partial)
+            write_point()
+            os.replace(partial, path)
         write_point()
         _sync_directory(path.parent)
 
@@ -86,13 +88,17 @@ def _nameless_file(directory: Path) -> int | None:
         raise
 
 
-def _name_file(place: Path, name: Path) -> None:
+def _named(place: Path, name: Path) -> bool:
+    """Gives a nameless file a name; False where another file has it."""
     directory = os.open(name.parent, os.O_RDONLY | os.O_CLOEXEC)
     try:
         # With a directory given Python calls linkat and follows the link in /proc; without, it calls link and does not.
         os.link(place, name.absolute(), src_dir_fd=directory, follow_symlinks=True)
+    except FileExistsError:
+        return False
     finally:
         os.close(directory)
+    return True
 
 
 def write_json_atomic(path: Path, value: Any) -> None:

@@ -24,7 +24,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import stillroom
 from stillroom.core import durable
-from stillroom.core.errors import ModelError
+from stillroom.core.errors import ModelError, RunError
 from stillroom.core.optional import load
 from stillroom.models.loading import ModelDescription, describe
 from stillroom.models.tokenizers import Renderer, load_tokenizer
@@ -97,12 +97,17 @@ def export_gguf(directory: Path, file: Path, *, quantize: Quantisation = "f32") 
     'disk-full'; StillroomError 'missing-extra' without the package `gguf`.
     """
     gguf = load("gguf", extra="export")
+    if file.is_dir():
+        raise RunError(
+            "run-not-a-run", found=f"{file} is a directory", expected="the name of a file", do="Choose another --out, such as student.gguf."
+        )
     _refuse_adapter(directory)
     description = describe(str(directory))
     _check_config(description)
     spelling = _spelling(load_tokenizer(str(directory)), description)
     tensors = list(_tensors(description, quantize))
     durable.require_free_bytes(file, sum(one.bytes(gguf) for one in tensors) + _ROOM_BESIDE_WEIGHTS_BYTES, "the GGUF file")
+    file.parent.mkdir(parents=True, exist_ok=True)
     with durable.whole_file(file) as place:
         writer = gguf.GGUFWriter(place, description.config.model_type)
         try:

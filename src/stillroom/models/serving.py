@@ -177,7 +177,9 @@ def _start_llama(student: Path, settings: ServerSettings, stack: ExitStack, log:
     require("xllamacpp", extra="serve")
     file, notes = stack.enter_context(converted(student, settings.quantize))
     name = student.resolve().name.removesuffix(".gguf")
-    process = _child([sys.executable, "-m", "stillroom.models.llama_child", json.dumps(llama_settings(file, name, settings))], stack, log)
+    process = _child(
+        [sys.executable, "-m", "stillroom.models.llama_child", json.dumps(llama_settings(file, name, settings))], stack, subprocess.PIPE, log
+    )
     assert process.stdout is not None
     address = process.stdout.readline().strip()
     if not address:
@@ -195,34 +197,32 @@ def _start_vllm(student: Path, settings: ServerSettings, stack: ExitStack, log: 
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(student), "--served-model-name", name]
     command += ["--host", HOST, "--port", str(port), "--max-num-seqs", str(settings.parallel)]
     command += ["--max-model-len", str(settings.context)] if settings.context else []
-    process = _child(command, stack, log, {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"})
+    process = _child(command, stack, log, log, {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"})
     address, chat = f"http://{HOST}:{port}", _has_chat_template(student)
     return Server(backend="vllm", student=student, process=process, log=log, address=address, model=name, chat=chat)
 
 
-def _child(command: list[str], stack: ExitStack, log: IO[str], more: dict[str, str] | None = None) -> subprocess.Popen[str]:
+def _child(command: list[str], stack: ExitStack, out: IO[str] | int, log: IO[str], more: dict[str, str] | None = None) -> subprocess.Popen[str]:
     """A child that finds the modules that this process does, gets no Ctrl-C of ours, and is stopped when the stack is left."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))} | (more or {})
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment, start_new_session=True
-    )  # fmt: skip
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=out, stderr=log, text=True, env=environment, start_new_session=True)
     stack.callback(_stop, process)
     return process
 
 
 def _stop(process: subprocess.Popen[str]) -> None:
-    """Ends the child: llama.cpp's by the end of its standard input, any other by a signal; by force where neither helps."""
+    """Asks the child to end by a signal and by the end of its standard input; ends it by force where it does not."""
+    process.terminate()
     assert process.stdin is not None
-    assert process.stdout is not None
     with suppress(OSError):
         process.stdin.close()
-    process.terminate()
     try:
         process.wait(_ENDS_WITHIN_SECONDS)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-    process.stdout.close()
+    if process.stdout is not None:
+        process.stdout.close()
 
 
 def _wait_until_it_answers(server: Server) -> None:

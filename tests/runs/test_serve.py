@@ -80,10 +80,10 @@ def test_it_answers_the_line_that_it_prints_and_ends_with_0(student: Path, numbe
             done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60, check=True)
             answer = json.loads(done.stdout)
         else:
-            answer = ask(words[1], json.loads(words[-1]))
+            answer = ask(words[2], json.loads(words[-1]))
         assert answer["choices"][0]["message"]["role"] == "assistant"
         assert answer["model"] == "ein student"
-        port = int(words[1].split(":")[2].split("/")[0])
+        port = int(words[2].split(":")[2].split("/")[0])
         assert is_open(port)
         # As a terminal does: Ctrl-C goes to the whole group.
         os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
@@ -95,7 +95,7 @@ def test_it_answers_the_line_that_it_prints_and_ends_with_0(student: Path, numbe
 
 def test_a_command_that_is_killed_takes_its_server_with_it(student: Path) -> None:
     with command(str(student), "--port", "0", "--context", "64") as (process, (_, line)):
-        port = int(shlex.split(line)[1].split(":")[2].split("/")[0])
+        port = int(shlex.split(line)[2].split(":")[2].split("/")[0])
         process.kill()
         assert closes(port)
 
@@ -159,16 +159,16 @@ def test_a_student_without_a_template_is_asked_for_a_completion(tmp_path: Path) 
     directory = save_tiny(tmp_path / "student", tokenizer=tiny_tokenizer(template=None))
     with started(directory, SMALL, "llama.cpp") as server:
         words = shlex.split(server.curl())
-        assert words[1].endswith("/v1/completions")
-        assert "text" in ask(words[1], json.loads(words[-1]))["choices"][0]
+        assert words[2].endswith("/v1/completions")
+        assert "text" in ask(words[2], json.loads(words[-1]))["choices"][0]
         assert any("no chat template" in note for note in server.notes)
 
 
 def test_each_of_several_requests_has_the_whole_context(student: Path) -> None:
-    prompt = [9] * 50
-    with served(student, ServerSettings(context=64, parallel=3)) as base_url:
-        answer = ask(f"{base_url}/completions", {"prompt": prompt, "max_tokens": 4, "temperature": 0})
-        assert answer["usage"]["prompt_tokens"] == 50
+    for context, length in ((64, 60), (None, 120)):  # the student's own is 128
+        with served(student, ServerSettings(context=context, parallel=3)) as base_url:
+            answer = ask(f"{base_url}/completions", {"prompt": [9] * length, "max_tokens": 4, "temperature": 0})
+            assert answer["usage"]["prompt_tokens"] == length
 
 
 def test_a_server_that_ends_by_itself_is_an_error(student: Path) -> None:

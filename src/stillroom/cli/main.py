@@ -140,7 +140,8 @@ def serve(
     student: Annotated[Path, typer.Argument(metavar="DIR", help="A student's directory, any Hugging Face directory, or a .gguf file.")],
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port on this machine's own address; 0 takes any that is free.")] = 8080,
     context: Annotated[
-        int | None, typer.Option("--context", min=1, help="Tokens of a request with its answer; by default the student's own.")
+        int | None,
+        typer.Option("--context", min=1, help="Tokens of one request with its answer; by default requests at once share the student's own."),
     ] = None,
     parallel: Annotated[int, typer.Option("--parallel", min=1, help="Requests that are answered at once.")] = 4,
     threads: Annotated[

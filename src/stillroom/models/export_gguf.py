@@ -22,7 +22,7 @@ from tokenizers import pre_tokenizers
 from transformers import LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast, Qwen3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-import stillroom
+from stillroom import __version__
 from stillroom.core import durable
 from stillroom.core.errors import ModelError, RunError
 from stillroom.core.optional import load
@@ -67,6 +67,8 @@ _LARGEST_HALF = 65504.0
 _BLOCK = 32
 # Header, tokenizer and documents together.
 _ROOM_BESIDE_WEIGHTS_BYTES = 64_000_000
+# Before the names of the file's facts that GGUF has no name for.
+_OURS = "stillroom"
 _DOCUMENTS = ("README.md", "NOTICE", "LICENSE", "obligations.md", "LICENSES/*")
 _LONGEST_DOCUMENT_BYTES = 1_000_000
 
@@ -176,8 +178,8 @@ def _write_facts(writer: Any, description: ModelDescription) -> None:
     writer.add_name(description.directory.name)
     if description.licence is not None:
         writer.add_license(description.licence)
-    writer.add_string("stillroom.version", stillroom.__version__)
-    writer.add_string("stillroom.source.weights_sha256", description.weights_sha256)
+    writer.add_string(f"{_OURS}.version", __version__)
+    writer.add_string(f"{_OURS}.source.weights_sha256", description.weights_sha256)
     documents = {
         str(path.relative_to(description.directory)): path.read_text(encoding="utf-8", errors="replace")
         for pattern in _DOCUMENTS
@@ -185,8 +187,8 @@ def _write_facts(writer: Any, description: ModelDescription) -> None:
         if path.is_file() and path.stat().st_size <= _LONGEST_DOCUMENT_BYTES
     }
     if documents:
-        writer.add_array("stillroom.documents.names", list(documents))
-        writer.add_array("stillroom.documents.texts", list(documents.values()))
+        writer.add_array(f"{_OURS}.documents.names", list(documents))
+        writer.add_array(f"{_OURS}.documents.texts", list(documents.values()))
 
 
 def _write_shape(writer: Any, description: ModelDescription) -> None:

@@ -22,9 +22,10 @@ def parameters(settings: dict[str, Any]) -> Any:
     params.model_alias = {settings["name"]}
     params.hostnames = [settings["host"]]
     params.port = settings["port"]
-    # Its own context is shared out among the requests that run at once; 0 stands for the model's.
+    # Its n_ctx is shared out among the requests that run at once. 0 stands for the model's own: of that each may take what the others leave.
     params.n_ctx = settings["context"] * settings["parallel"]
     params.n_parallel = settings["parallel"]
+    params.kv_unified = not settings["context"]
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = settings["threads"]
     params.use_jinja = True
     params.warmup = False

@@ -42,7 +42,8 @@ _LOG_ERRORS_AND_WARNINGS = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerSettings:
-    """How a student is served. `context` is in tokens for each of `parallel` requests at once, None for the student's own; port 0 is any free one.
+    """How a student is served. `context` is in tokens for each of `parallel` requests at once; None is the student's own, of which one request
+    may take what the others leave. Port 0 is any free one.
 
     `threads` is llama.cpp's for computing: they wait for each other busily, so more than there are idle cores is slower than one. `exact` keeps
     its cache in float32 and its attention unfused, for log-probabilities that are compared; it is slower.
@@ -89,7 +90,7 @@ class Server:
         body = json.dumps({"model": self.model, **asked, "max_tokens": 64, "temperature": 0}, ensure_ascii=False)
         path = "/chat/completions" if self.chat else "/completions"
         direct = ["--noproxy", "*"] if urllib.request.getproxies().get("http") else []
-        return shlex.join(["curl", *direct, self.base_url + path, "-H", "Content-Type: application/json", "-d", body])
+        return shlex.join(["curl", "-sS", *direct, self.base_url + path, "-H", "Content-Type: application/json", "-d", body])
 
 
 @contextmanager

@@ -154,6 +154,10 @@ def test_the_guide_to_several_devices_can_be_followed(tmp_path: Path) -> None:
     assert not undocumented, "\n".join(undocumented)
 
 
+def test_the_guide_to_serving_can_be_followed(tmp_path: Path) -> None:
+    _perform(DOCS / "guides" / "serve-the-student.md", tmp_path)
+
+
 def _undocumented(run: Path) -> list[str]:
     sections = dict(
         re.findall(

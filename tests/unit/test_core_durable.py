@@ -271,6 +271,69 @@ def test_room_is_asked_for_where_the_path_will_be(tmp_path: Path) -> None:
     assert not not_yet.exists()
 
 
+# -- a large file, written by a library ------------------------------------------------------------------------------------
+
+WRITE_WHOLE = """
+    with durable.whole_file(here / "file") as place:
+        with open(place, "wb") as stream:
+            stream.write(b"new" * 1000)
+            stream.flush()
+            die()
+"""
+
+
+@pytest.mark.parametrize("nameless", [True, False])
+@pytest.mark.parametrize("old", [None, b"old"])
+def test_a_whole_file_is_old_or_new_wherever_the_writer_dies(old: bytes | None, nameless: bool, tmp_path: Path) -> None:
+    def prepare(here: Path) -> None:
+        if old is not None:
+            (here / "file").write_bytes(old)
+
+    action = WRITE_WHOLE if nameless else "\n    durable._nameless_file = lambda directory: None" + WRITE_WHOLE
+    seen = set()
+    for here in deaths(action, prepare, tmp_path):
+        file = here / "file"
+        seen.add(file.read_bytes() if file.exists() else None)
+        left = {path.name for path in here.iterdir()} - {"file"}
+        assert left <= {".file.partial"}
+        # Without an older file nothing is ever left; with one, only in the moment of its replacement.
+        assert not left or not nameless or (old is not None and (here / ".file.partial").read_bytes() == b"new" * 1000)
+        with durable.whole_file(file) as place:
+            place.write_bytes(b"newer")
+        assert [(path.name, path.read_bytes()) for path in here.iterdir()] == [("file", b"newer")]
+    assert seen == {old, b"new" * 1000}
+
+
+@pytest.mark.parametrize("nameless", [True, False])
+def test_a_whole_file_that_fails_leaves_what_was_there(nameless: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not nameless:
+        monkeypatch.setattr(durable, "_nameless_file", lambda directory: None)
+    (tmp_path / "file").write_bytes(b"old")
+
+    def fail() -> None:
+        with durable.whole_file(tmp_path / "file") as place:
+            place.write_bytes(b"half")
+            raise KeyError("a fault of the library")
+
+    with pytest.raises(KeyError):
+        fail()
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("file", b"old")]
+
+
+def test_a_whole_file_on_a_full_disk(small_disk: Path) -> None:
+    (small_disk / "file").write_bytes(b"old")
+
+    def fill() -> None:
+        with durable.whole_file(small_disk / "file") as place:
+            place.write_bytes(b"x" * 2_000_000)
+
+    with pytest.raises(ResourceError) as caught:
+        fill()
+    assert caught.value.code == "disk-full"
+    assert [(path.name, path.read_bytes()) for path in small_disk.iterdir()] == [("file", b"old")]
+    assert durable.free_bytes(small_disk) > 900_000
+
+
 HOLD = """
     import sys, time
     from pathlib import Path

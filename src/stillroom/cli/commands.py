@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -12,9 +16,11 @@ from rich.text import Text
 from stillroom import demo as bundled
 from stillroom import runs
 from stillroom.cli import view
-from stillroom.core import durable
+from stillroom.core import durable, optional
 from stillroom.core.errors import RunError
+from stillroom.core.interrupts import StopRequest
 from stillroom.core.launch import launched
+from stillroom.models import serving
 from stillroom.runs import publishing
 from stillroom.runs.directory import Run
 from stillroom.runs.recipe import Recipe
@@ -74,6 +80,36 @@ def publish(directory: Path, recipe: Path | None, check: bool) -> bool:
         published = publishing.publish(directory, recipe=settled, observer=view.Screen(errors()))
     output().print(_account(published))
     return not published.unmet
+
+
+def export(directory: Path, out: Path, quantize: serving.Quantisation) -> None:
+    """Writes the GGUF file; prints where it is, and what is to be known of it."""
+    exported = optional.load("stillroom.models.export_gguf", extra="train").export_gguf(directory, out, quantize=quantize)
+    _print_notes(exported.notes)
+    print(f"Wrote {out} ({out.stat().st_size:,} bytes)")
+
+
+def serve(
+    student: Path,
+    port: int,
+    context: int | None,
+    parallel: int,
+    threads: int | None,
+    quantize: serving.Quantisation,
+    backend: Literal["auto", "llama.cpp", "vllm"],
+) -> None:
+    """Serves until it is asked to stop. Whoever reads its output can ask the server once the last line is there."""
+    threads = threads or max(1, len(os.sched_getaffinity(0)) // 2)
+    settings = serving.ServerSettings(port=port, context=context, parallel=parallel, threads=threads, quantize=quantize)
+    with serving.started(student, settings, serving.choose_backend(backend)) as server, StopRequest("Start it again.") as stop:
+        _print_notes(server.notes)
+        print(f"{server.model} is served by {server.backend} at {server.base_url}. Ctrl-C stops it. Ask it:\n{server.curl()}", flush=True)
+        server.until(stop)
+
+
+def _print_notes(notes: Iterable[str]) -> None:
+    for note in notes:
+        print(f"Note: {note}.", file=sys.stderr)
 
 
 def _account(published: publishing.Published) -> Table:

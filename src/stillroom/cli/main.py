@@ -6,7 +6,7 @@ import sys
 import time
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -40,6 +40,11 @@ _TOGETHER = ("run", "collect", "train", "evaluate", "report")
 
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (YAML); `stillroom init` writes one.")]
 OutOption = Annotated[Path | None, typer.Option("--out", help="Run directory; by default runs/NAME beside where you are.")]
+StudentArgument = Annotated[Path, typer.Argument(metavar="DIR", help="A Hugging Face directory, such as the student/ of a run.")]
+QuantizeOption = Annotated[
+    Literal["f32", "f16", "q8_0"],
+    typer.Option("--quantize", help="How matrices are stored: f32 keeps every number, f16 takes half and q8_0 about a quarter of that space."),
+]
 StageOutOption = Annotated[Path, typer.Option("--out", help="Run directory.")]
 
 
@@ -121,6 +126,38 @@ def publish(
     """Write what the student must carry when it is given away (model card, NOTICE, licences), and check that all of it is there."""
     if not commands.publish(directory, recipe, check):
         raise typer.Exit(2)
+
+
+@app.command()
+def export(
+    directory: StudentArgument,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The file to write.")],
+    form: Annotated[Literal["gguf"], typer.Option("--format", help="What to write: gguf, which llama.cpp reads.")] = "gguf",
+    quantize: QuantizeOption = "f32",
+) -> None:
+    """Write a student (or any Llama- or Qwen3-shaped Hugging Face directory) as one file for another engine."""
+    commands.export(directory, out, quantize)
+
+
+@app.command()
+def serve(
+    student: Annotated[Path, typer.Argument(metavar="DIR", help="A student's directory, any Hugging Face directory, or a .gguf file.")],
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port on this machine's own address; 0 takes any that is free.")] = 8080,
+    context: Annotated[
+        int | None,
+        typer.Option("--context", min=1, help="Tokens of one request with its answer; by default requests at once share the student's own."),
+    ] = None,
+    parallel: Annotated[int, typer.Option("--parallel", min=1, help="Requests that are answered at once.")] = 4,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="llama.cpp's threads; by default half of the cores. More than are idle is slower than one.")
+    ] = None,
+    quantize: QuantizeOption = "f32",
+    backend: Annotated[
+        Literal["auto", "llama.cpp", "vllm"], typer.Option("--backend", help="The server; auto is llama.cpp where it is installed, else vLLM.")
+    ] = "auto",
+) -> None:
+    """Serve a student behind an OpenAI-compatible address until Ctrl-C, and print a curl line that asks it."""
+    commands.serve(student, port, context, parallel, threads, quantize, backend)
 
 
 app.add_typer(terms)

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
@@ -46,6 +46,59 @@ def write_bytes_atomic(path: Path, data: bytes, *, mode: int = 0o644) -> None:
         os.replace(partial, path)
         write_point()
         _sync_directory(path.parent)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A place for a library to write a large file to, which becomes `path` when the block ends, whole and flushed. Raises ResourceError 'disk-full'.
+
+    The place has no name, so that nothing is left of it where the block fails or the process is killed. On a file system without such files, and
+    for a moment where an older `path` is replaced, it is called `.NAME.partial`: what a death leaves there the next one removes.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    write_point()
+    with ExitStack() as stack:
+        stack.enter_context(full_disk_reported(path))
+        stack.callback(partial.unlink, missing_ok=True)
+        partial.unlink(missing_ok=True)
+        nameless = _nameless_file(path.parent)
+        if nameless is not None:
+            stack.callback(os.close, nameless)
+        place = partial if nameless is None else Path(f"/proc/self/fd/{nameless}")
+        yield place
+        _sync_file(place)
+        write_point()
+        if nameless is None or not _named(place, path):
+            if nameless is not None:
+                _named(place, partial)
+            write_point()
+            os.replace(partial, path)
+        write_point()
+        _sync_directory(path.parent)
+
+
+def _nameless_file(directory: Path) -> int | None:
+    try:
+        return os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o644)
+    except AttributeError:  # an operating system without them
+        return None
+    except OSError as error:
+        if error.errno in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
+            return None
+        raise
+
+
+def _named(place: Path, name: Path) -> bool:
+    """Gives a nameless file a name; False where another file has it."""
+    directory = os.open(name.parent, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        # With a directory given Python calls linkat and follows the link in /proc; without, it calls link and does not.
+        os.link(place, name.absolute(), src_dir_fd=directory, follow_symlinks=True)
+    except FileExistsError:
+        return False
+    finally:
+        os.close(directory)
+    return True
 
 
 def write_json_atomic(path: Path, value: Any) -> None:

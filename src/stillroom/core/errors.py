@@ -62,6 +62,8 @@ CODES: dict[str, str] = {
     "process-lost": "Another process of the run ended before its time.",
     "processes-differ": "The processes of a run do not start from the same state.",
     "diverged": "The loss became NaN or infinite.",
+    "server-failed": "A server for a student could not be started, or ended by itself.",
+    "port-in-use": "The port that was asked for cannot be used.",
     "missing-extra": "An optional part of Stillroom is not installed.",
     "terms-missing": "A file of terms cannot be read or written, or a record asked for is not there.",
     "terms-invalid": "A file of terms records is not what was expected.",

@@ -227,13 +227,13 @@ class Renderer:
         return re.compile(rf"\s*(?:{self._special_pattern.pattern})")
 
     @cached_property
-    def _start_ids(self) -> TokenIds:
+    def start_ids(self) -> TokenIds:
         """What the tokenizer puts before a text of its own accord. An end token that it may put after it would end the prompt."""
         whole, bare = self._encode("a", special=True), self._encode("a")
         return next((whole[:place] for place in range(len(whole)) if whole[place : place + len(bare)] == bare), ())
 
     def _plain(self, text: str) -> TokenIds:
-        return self._start_ids + self._encode(text)
+        return self.start_ids + self._encode(text)
 
     def _ended(self, answer: TokenIds) -> TokenIds:
         """The answer with an end token, if it has none and the tokenizer has one."""

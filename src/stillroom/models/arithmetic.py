@@ -63,7 +63,8 @@ def quantise(model: PreTrainedModel) -> None:
             expected="torch.nn.Linear or transformers' Conv1D",
             do="Set teacher.dtype to bfloat16.",
         )
-    for parent, name, layer in found:
+    while found:  # so that each layer is let go when the one that takes its place is there
+        parent, name, layer = found.pop()
         weight = layer.weight
         assert isinstance(weight, torch.Tensor)
         bias = layer.bias

@@ -463,8 +463,8 @@ class _Bytes:
         part = min(_PART, work.prompts)
         batch = min(work.teacher_at_once, part)
         rows = part * work.answer_mean
-        # Files that are mapped while another dtype is made of them; weights that are whole until they are kept in eight bits.
-        phases = [float(work.mapped_bytes) if self.on_cpu else 0.0, work.teacher.parameters * self.teacher_element - self.teacher]
+        # On a CPU: files that are mapped while another dtype is made of them; weights that are whole until they are kept in eight bits.
+        phases = [float(work.mapped_bytes), work.teacher.parameters * self.teacher_element - self.teacher] if self.on_cpu else [0.0]
         if work.written:
             phases.append(self._writing(teacher, batch, work.sampling_temperature, self.teacher_element))
         if self.rows_stored:

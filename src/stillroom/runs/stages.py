@@ -184,9 +184,13 @@ def _plan_of(run: Run) -> Plan | None:
 def teacher_of(prepared: Prepared) -> LocalTeacher:
     """The teacher, loaded on the plan's device for it and computing as the plan says."""
     hardware = prepared.plan.hardware
-    model = load_model(prepared.teacher, prepared.teacher_dtype, prepared.teacher_device)
     if hardware.teacher_dtype == "int8":
+        # In the processor's memory, so that the device needs room for what is left of it alone.
+        model = load_model(prepared.teacher, prepared.teacher_dtype)
         quantise(model)
+        torch.nn.Module.to(model, prepared.teacher_device)
+    else:
+        model = load_model(prepared.teacher, prepared.teacher_dtype, prepared.teacher_device)
     if "teacher" in hardware.packing:
         require_packing(model, "teacher")
     if prepared.recipe.hardware.compile:

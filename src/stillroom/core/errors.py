@@ -62,6 +62,7 @@ CODES: dict[str, str] = {
     "process-lost": "Another process of the run ended before its time.",
     "processes-differ": "The processes of a run do not start from the same state.",
     "diverged": "The loss became NaN or infinite.",
+    "endpoint-settings": "The settings of the fake endpoint are not what was expected.",
     "missing-extra": "An optional part of Stillroom is not installed.",
     "terms-missing": "A file of terms cannot be read or written, or a record asked for is not there.",
     "terms-invalid": "A file of terms records is not what was expected.",

@@ -15,7 +15,7 @@ from typing import Any
 from stillroom.core.hashing import sha256_hex
 from stillroom.testing import language
 from stillroom.testing.asking import Asked, Refused
-from stillroom.testing.language import END, SIZE, Distribution, Language, Place
+from stillroom.testing.language import END, SIZE, Distribution, Language, Place, encode_json
 from stillroom.testing.schemas import SchemaRefused, any_value
 from stillroom.testing.settings import Settings
 
@@ -72,7 +72,7 @@ class Answerer:
         told = b",".join(self._choice_json(asked, choice, index, speaker) for index, choice in enumerate(choices))
         completion = sum(choice.tokens for choice in choices)
         parts = [
-            f'"object":"{kind}","created":{CREATED},"model":{json.dumps(model, ensure_ascii=False)},"choices":['.encode(),
+            f'"object":"{kind}","created":{CREATED},"model":{encode_json(model)},"choices":['.encode(),
             told,
             b"]",
             self._usage(asked, completion, sum(choice.reasoning_tokens for choice in choices)),
@@ -88,7 +88,7 @@ class Answerer:
         usage: dict[str, Any] = {"prompt_tokens": prompt, "completion_tokens": said, "total_tokens": prompt + said}
         if self._settings.reasoning_tokens:
             usage["completion_tokens_details"] = {"reasoning_tokens": reasoning}
-        return b',"usage":' + json.dumps(usage, separators=(",", ":")).encode()
+        return b',"usage":' + encode_json(usage).encode()
 
     def _choice(self, asked: Asked, speaker: Language, context: language.Context, index: int, draw: int) -> _Choice:
         if "content-filtered" in asked.lies:
@@ -125,9 +125,9 @@ class Answerer:
             before, _ = speaker.read(asked.prompt)
             places = before + places
             text = language.bytes_of([place.id for place in places]).decode(errors="replace")
-        written = json.dumps(text, ensure_ascii=False).encode()
+        written = encode_json(text).encode()
         if asked.route == "chat":
-            more = b"" if choice.reasoning is None else b',"reasoning_content":' + json.dumps(choice.reasoning).encode()
+            more = b"" if choice.reasoning is None else b',"reasoning_content":' + encode_json(choice.reasoning).encode()
             said = b'"message":{"role":"assistant","content":' + written + b',"refusal":null' + more + b"}"
         else:
             said = b'"text":' + written
@@ -189,7 +189,7 @@ class Answerer:
             offsets.append(offset)
             offset += len(decoder.decode(language.TOKENS[place.id]))
         shape = {"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": tops if alternatives else None, "text_offset": offsets}
-        return json.dumps(shape, ensure_ascii=False, separators=(",", ":")).encode()
+        return encode_json(shape).encode()
 
     def _distribution(self, asked: Asked, place: Place) -> Distribution:
         """What is reported in place of the model's own distribution."""

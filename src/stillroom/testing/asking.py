@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from stillroom.core.hashing import canonical_json, sha256_hex
-from stillroom.testing.language import END, draws, tokens_of
+from stillroom.testing.language import END, draws, encode_json, tokens_of
 from stillroom.testing.schemas import SchemaRefused, check_schema
 from stillroom.testing.settings import Lie, Settings
 
@@ -29,7 +29,7 @@ class Refused(Exception):
     def body(self) -> bytes:
         """As JSON."""
         error = {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}
-        return json.dumps({"error": error}, ensure_ascii=False).encode()
+        return encode_json({"error": error}).encode()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,17 +57,41 @@ class Asked:
     """Those that this body is told."""
 
 
-def body_key(raw: bytes) -> str:
-    """SHA-256 of the canonical JSON of a body, or of the bytes themselves where they have none."""
+@dataclass(frozen=True, slots=True)
+class Body:
+    """A request's body: the SHA-256 of its canonical JSON, or of its bytes where it has none, and its value: None where it is no JSON object."""
+
+    key: str
+    value: dict[str, Any] | None
+
+
+def parse_body(raw: bytes) -> Body:
+    """Whatever the bytes are."""
+    value = None
     try:
-        return sha256_hex(canonical_json(json.loads(raw)))
+        value = json.loads(raw.decode(), parse_constant=_refuse_constant)
+        return Body(sha256_hex(canonical_json(value)), value if isinstance(value, dict) else None)
+    except (ValueError, RecursionError):  # half a pair of surrogates is a ValueError here, and so is an integer that canonical JSON does not have
+        return Body(sha256_hex(raw), value if isinstance(value, dict) and _is_unicode(value) else None)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _is_unicode(value: Any) -> bool:
+    try:
+        encode_json(value).encode()
     except (ValueError, RecursionError):
-        return sha256_hex(raw)
+        return False
+    return True
 
 
-def read_request(route: Route, raw: bytes, settings: Settings) -> Asked:
-    """What `raw` asks for. Raises Refused."""
-    body, key = _parsed(raw), body_key(raw)
+def read_request(route: Route, parsed: Body, settings: Settings) -> Asked:
+    """What a body asks for. Raises Refused."""
+    body, key = parsed.value, parsed.key
+    if body is None:
+        raise Refused(400, None, "The body is not a JSON object in UTF-8.")
     lies = settings.lies if settings.lies and next(draws(settings.seed, "lies", key)) < settings.lies_share else frozenset[Lie]()
     field = _Fields(body)
     model = field.text("model")
@@ -96,20 +120,6 @@ def read_request(route: Route, raw: bytes, settings: Settings) -> Asked:
         echo=route == "completions" and field.flag("echo") and "echo-ignored" not in lies,
         lies=lies,
     )
-
-
-def _parsed(raw: bytes) -> dict[str, Any]:
-    def constant(name: str) -> None:
-        raise ValueError(f"{name} is not JSON")
-
-    try:
-        body = json.loads(raw.decode("utf-8"), parse_constant=constant)
-        json.dumps(body, ensure_ascii=False).encode()  # half of a surrogate pair
-    except (ValueError, RecursionError) as error:
-        raise Refused(400, None, f"The body is not JSON in UTF-8: {type(error).__name__}.") from None
-    if not isinstance(body, dict):
-        raise Refused(400, None, "The body is not a JSON object.")
-    return body
 
 
 def _invalid(name: str, message: str, code: str = "invalid_value") -> Refused:

@@ -33,7 +33,7 @@ from stillroom.core.errors import StillroomError
 from stillroom.core.identities import Json
 from stillroom.testing.account import Account, Bill, Limits, throttled
 from stillroom.testing.answers import Answered, Answerer
-from stillroom.testing.asking import Asked, Refused, Route, body_key, read_request
+from stillroom.testing.asking import Asked, Body, Refused, Route, parse_body, read_request
 from stillroom.testing.language import draws
 from stillroom.testing.settings import WORK_DONE, Fault, Settings, make_settings, read_settings
 
@@ -70,18 +70,18 @@ class _Kept:
     """The answers given last, up to a number of bytes."""
 
     def __init__(self) -> None:
-        self._answers: OrderedDict[tuple[Route, bytes, int], Answered] = OrderedDict()
+        self._answers: OrderedDict[tuple[Route, str, int], Answered] = OrderedDict()
         self._bytes = 0
 
-    def get(self, key: tuple[Route, bytes, int]) -> Answered | None:
+    def get(self, key: tuple[Route, str, int]) -> Answered | None:
         return self._answers.get(key)
 
-    def put(self, key: tuple[Route, bytes, int], answered: Answered) -> None:
+    def put(self, key: tuple[Route, str, int], answered: Answered) -> None:
         self._answers[key] = answered
-        self._bytes += len(answered.body) + len(key[1])
+        self._bytes += len(answered.body)
         while self._bytes > _KEPT_ANSWERS_BYTES:
-            (_, raw, _), old = self._answers.popitem(last=False)
-            self._bytes -= len(old.body) + len(raw)
+            _, old = self._answers.popitem(last=False)
+            self._bytes -= len(old.body)
 
 
 class Endpoint:
@@ -139,11 +139,12 @@ class Endpoint:
     async def _generate(self, request: web.BaseRequest, route: Route) -> web.StreamResponse:
         raw = await request.read()
         account = self.account
-        received = self._receive(request, raw)
+        body = parse_body(raw)
+        received = self._receive(request, raw, body)
         account.in_flight += 1
         account.most_in_flight = max(account.most_in_flight, account.in_flight)
         try:
-            return await self._answer(request, received, route, raw)
+            return await self._answer(request, received, route, body)
         except Refused as refused:
             received.status = refused.status
             account.statuses[str(refused.status)] += 1
@@ -152,8 +153,8 @@ class Endpoint:
         finally:
             account.in_flight -= 1
 
-    def _receive(self, request: web.BaseRequest, raw: bytes) -> Received:
-        key = body_key(raw)
+    def _receive(self, request: web.BaseRequest, raw: bytes, body: Body) -> Received:
+        key = body.key
         idempotency = request.headers.get("idempotency-key")
         if idempotency is not None:
             key = f"{key}:{idempotency}"
@@ -165,11 +166,11 @@ class Endpoint:
         self.requests.append(received)
         return received
 
-    async def _answer(self, request: web.BaseRequest, received: Received, route: Route, raw: bytes) -> web.StreamResponse:
+    async def _answer(self, request: web.BaseRequest, received: Received, route: Route, parsed: Body) -> web.StreamResponse:
         self._check_key(request)
-        asked = read_request(route, raw, self.settings)
+        asked = read_request(route, parsed, self.settings)
         self._check_capacity()
-        answered = self._answered(asked, received, raw)
+        answered = self._answered(asked, received)
         self.limits.admit(self._tokens(asked, answered))
         received.fault = fault = self._fault(received)
         if fault is not None:
@@ -191,8 +192,8 @@ class Endpoint:
         if most is not None and self.account.in_flight > most:
             raise throttled("Too many requests at a time.", "concurrency", self.settings.latency_ms / 1000, self.settings, self.limits.headers())
 
-    def _answered(self, asked: Asked, received: Received, raw: bytes) -> Answered:
-        key = (asked.route, raw, self._answerer.variant(asked, received.attempt, received.number))
+    def _answered(self, asked: Asked, received: Received) -> Answered:
+        key = (asked.route, asked.key, self._answerer.variant(asked, received.attempt, received.number))
         found = self._kept.get(key)
         if found is None:
             found = self._answerer.answer(asked, key[2])

@@ -12,10 +12,11 @@ import json
 import math
 import re
 from array import array
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import accumulate
 from random import Random
 from typing import NamedTuple
 
@@ -60,7 +61,9 @@ def _beginnings() -> dict[bytes, set[bytes]]:
 
 
 _INSIDE = _beginnings()
+_REST = {character[:cut]: character[cut:] for character in map(str.encode, _CHARACTERS) for cut in range(1, len(character))}
 _STARTS = {_IDS[part]: weight for part, weight in ((b"\xc3", 3.0), (b"\xe2", 1.0), (b"\xe6", 1.0), (b"\xe8", 1.0), (b"\xf0\x9f", 2.0))}
+_FLOOR = {id: _SMALL if 32 <= id < 127 else _TINY for id in range(SIZE)}
 _BEGIN = {_IDS[start] for start in _INSIDE if start in _IDS}
 
 
@@ -89,35 +92,27 @@ class Distribution:
         """Of one token."""
         return self.logprobs[self.rank[id]]
 
-    def choose(self, temperature: float, top_p: float, uniform: float) -> int:
-        """The token at `uniform`, in [0, 1), of what is left at that temperature; the likeliest at temperature 0."""
-        if not temperature:
-            return self.ids[0]
-        sums = self.drawing.get((temperature, top_p))
-        if sums is None:
-            sums = self._running_sums(temperature, top_p)
-        return self.ids[min(bisect_right(sums, uniform * sums[-1]), len(sums) - 1)]
+    def sums(self, temperature: float, top_p: float) -> list[float]:
+        """Running sums of the masses, likeliest first, of what is left at that temperature; at temperature 0 one token is."""
+        found = self.drawing.get((temperature, top_p))
+        if found is None:
+            if len(self.drawing) >= 16:
+                self.drawing.clear()
+            found = self.drawing[temperature, top_p] = self._sums(temperature, top_p) if temperature else [1.0]
+        return found
 
-    def _running_sums(self, temperature: float, top_p: float) -> list[float]:
-        masses = [math.exp((value - self.logprobs[0]) / temperature) for value in self.logprobs]
-        enough, total, sums = top_p * math.fsum(masses), 0.0, []
-        for mass in masses:
-            total += mass
-            sums.append(total)
-            if total >= enough:
-                break
-        if len(self.drawing) >= 16:
-            self.drawing.clear()
-        self.drawing[temperature, top_p] = sums
-        return sums
+    def _sums(self, temperature: float, top_p: float) -> list[float]:
+        highest = self.logprobs[0]
+        sums = list(accumulate(map(math.exp, ((value - highest) / temperature for value in self.logprobs))))
+        return sums[: bisect_left(sums, top_p * sums[-1]) + 1]
 
 
-def distribution(masses: Sequence[tuple[int, float]]) -> Distribution:
-    """Of masses that need not sum to 1."""
-    total = math.fsum(mass for _, mass in masses)
-    by_mass = sorted(masses, key=lambda pair: (-pair[1], pair[0]))
-    logprobs = array("d", (math.floor(math.log(mass / total) * 1e7) / 1e7 for _, mass in by_mass))
-    ids = tuple(id for id, _ in by_mass)
+def distribution(masses: dict[int, float]) -> Distribution:
+    """Of masses that need not sum to 1: tokens that are not among them have next to nothing, bytes of ASCII text a little more."""
+    masses = _FLOOR | masses
+    total = math.log(math.fsum(masses.values()))
+    ids = tuple(sorted(masses, key=masses.__getitem__, reverse=True))
+    logprobs = array("d", (math.floor((math.log(masses[id]) - total) * 1e7) / 1e7 for id in ids))
     return Distribution(ids, logprobs, {id: rank for rank, id in enumerate(ids)})
 
 
@@ -144,17 +139,16 @@ class Language:
         self._fixed_length = fixed_length
         self._fragment_share = fragment_share
         self._states: list[Distribution | None] = [None] * _STATES
-        self._inside = {opened: self._inside_character(rests) for opened, rests in _INSIDE.items()}
+        self._inside = {
+            opened: distribution({_IDS[rest]: 1 / (place + 1) for place, rest in enumerate(sorted(rests))}) for opened, rests in _INSIDE.items()
+        }
 
     def next(self, context: Context) -> Distribution:
         """The distribution of the token that follows."""
         if context.open:
             return self._inside[context.open]
         state = context.hash >> 55
-        found = self._states[state]
-        if found is None:
-            found = self._states[state] = self._ordinary(state)
-        return found
+        return self._states[state] or self._ordinary(state)
 
     @staticmethod
     def after(ids: Sequence[int]) -> Context:
@@ -181,43 +175,39 @@ class Language:
         """An answer of at most `limit` tokens, and whether it ended by itself."""
         places: list[Place] = []
         most = min(limit, self._answer_tokens) if self._fixed_length else limit
+        hash, opened = context.hash, context.open
         while len(places) < most:
-            found = self.next(context)
-            id = found.choose(temperature, top_p, next(draws))
+            found = self._inside[opened] if opened else self._states[hash >> 55] or self._ordinary(hash >> 55)
+            sums = found.drawing.get((temperature, top_p)) or found.sums(temperature, top_p)
+            id = found.ids[bisect_right(sums, next(draws) * sums[-1])]
             if id == END:
                 return places, True
-            context = context.after(id)
-            places.append(Place(found, id, bool(context.open)))
-        # A fixed length never leaves a character open.
-        while self._fixed_length and context.open and len(places) < limit:
-            found = self.next(context)
-            context = context.after(found.ids[0])
-            places.append(Place(found, found.ids[0], bool(context.open)))
-        return places, self._fixed_length and most < limit
+            hash = ((hash ^ (id + 1)) * _FACTOR + _TERM) & _MASK
+            if opened or id in _BEGIN:
+                opened += TOKENS[id]
+                opened = opened if opened in _INSIDE else b""
+            places.append(Place(found, id, opened != b""))
+        # A fixed length that is reached ends the answer, and not inside a character.
+        ended = self._fixed_length and most < limit
+        if ended and places and places[-1].open:
+            more, _ = self.read(list(_REST[opened]), Context(hash, opened))
+            places += more[: limit - len(places)]
+            ended = not places[-1].open
+        return places, ended
 
     def _ordinary(self, state: int) -> Distribution:
         """A shuffled order of words whose masses fall as a power; some states are likely to end the answer."""
         order = list(_LIKELY)
         chance = Random(derive_seed(self._seed, "state", state))
         chance.shuffle(order)
-        masses = [_TINY] * SIZE
-        for id in range(32, 127):
-            masses[id] = _SMALL
         words = [(rank + 1) ** -1.4 * (0.5 + chance.random()) for rank in range(len(order))]
         end = 0.6 if state < self._ending else _TINY if self._fixed_length else _SMALL
-        rest = 1 - end - self._fragment_share
-        for id, word in zip(order, words, strict=True):
-            masses[id] = rest * word / sum(words)
-        for id, weight in _STARTS.items():
-            masses[id] = max(self._fragment_share * weight / sum(_STARTS.values()), _TINY)
-        masses[END] = end
-        return distribution(list(enumerate(masses)))
-
-    def _inside_character(self, rests: set[bytes]) -> Distribution:
-        masses = [_TINY] * SIZE
-        for place, rest in enumerate(sorted(rests)):
-            masses[_IDS[rest]] = 1.0 / (place + 1)
-        return distribution(list(enumerate(masses)))
+        rest = (1 - end - self._fragment_share) / sum(words)
+        masses = {id: rest * word for id, word in zip(order, words, strict=True)}
+        if self._fragment_share:
+            masses |= {id: self._fragment_share * weight / sum(_STARTS.values()) for id, weight in _STARTS.items()}
+        found = self._states[state] = distribution(masses | {END: end})
+        return found
 
 
 def tokens_of(text: str) -> list[int]:
@@ -259,6 +249,10 @@ def token_json(id: int, with_id: bool, with_bytes: bool) -> tuple[bytes, bytes]:
     before = f'{{"token":{json.dumps(token_text(real), ensure_ascii=False)},"logprob":'
     after = f',"bytes":{json.dumps(known, separators=(",", ":"))}' + (f',"id":{id}' if with_id else "")
     return before.encode(), after.encode()
+
+
+encode_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+"""Compact JSON text."""
 
 
 def draws(*names: str | int) -> Iterator[float]:

@@ -63,6 +63,8 @@ CODES: dict[str, str] = {
     "processes-differ": "The processes of a run do not start from the same state.",
     "diverged": "The loss became NaN or infinite.",
     "endpoint-settings": "The settings of the fake endpoint are not what was expected.",
+    "server-failed": "A server for a student could not be started, or ended by itself.",
+    "port-in-use": "The port that was asked for cannot be used.",
     "missing-extra": "An optional part of Stillroom is not installed.",
     "terms-missing": "A file of terms cannot be read or written, or a record asked for is not there.",
     "terms-invalid": "A file of terms records is not what was expected.",

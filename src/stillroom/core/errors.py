@@ -74,6 +74,7 @@ CODES: dict[str, str] = {
     "obligations-unmet": "Something that the student must carry when it is given away is not there.",
     "endpoint-invalid": "The URL or name of an endpoint cannot be used.",
     "request-invalid": "A request body says the same thing twice, or asks for what is not read.",
+    "logprobs-corrupt": "A file of log-probabilities cannot be read or does not match its checksums.",
     "interrupted": "The run was interrupted and can be resumed.",
 }
 

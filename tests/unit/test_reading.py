@@ -171,6 +171,18 @@ def test_the_completions_routes_arrays() -> None:
     assert (places.tokens_T, places.top_tokens_N, places.starts_T1.tolist()) == ([b"a", b" b"], [b"a", b"x", b" b"], [0, 2, 3])
 
 
+def test_on_the_completions_route_bytes_are_spelt_out_and_the_first_token_of_an_echo_has_no_value() -> None:
+    logprobs = {
+        "tokens": ["a", "bytes:\\xe2\\x82"],
+        "token_logprobs": [None, -1.5],
+        "top_logprobs": [None, {"bytes:\\xe2\\x82": -1.5, "bytes:x": -2.0}],
+    }
+    places = answer({"choices": [{"text": "a", "index": 0, "logprobs": logprobs, "finish_reason": "length"}]}).places
+    assert places is not None
+    assert (places.tokens_T, places.top_tokens_N) == ([b"a", b"\xe2\x82"], [b"\xe2\x82", b"bytes:x"])
+    assert numpy.isnan(places.logprobs_T).tolist() == [True, False]
+
+
 def test_vllm_can_write_tokens_as_ids() -> None:
     logprobs = {"tokens": ["token_id:7"], "token_logprobs": [-0.5], "top_logprobs": [{"token_id:7": -0.5, "token_id:8": -2.0}]}
     found = answer({"choices": [{"text": "a", "index": 0, "logprobs": logprobs, "token_ids": [7], "finish_reason": "stop"}]})
@@ -193,7 +205,7 @@ def test_together_has_arrays_on_the_chat_route_and_mlx_names_no_token() -> None:
 
 @pytest.mark.parametrize("logprobs", [{"content": [{"token": "a"}]}, {"content": [{"token": "a", "logprob": None}]}, {"content": [{"token": "a", "logprob": "-1"}]},
     {"content": [5]}, {"content": [{"token": "a", "logprob": -1.0, "bytes": [256]}]}, {"content": [{"token": "a", "logprob": -1.0, "bytes": 4}]},
-    {"content": [{"token": 5, "logprob": -1.0}]}, {"content": "x"}, [1], "x", {"tokens": ["a"], "token_logprobs": [-1.0, -2.0]}, {"token_logprobs": [None]},
+    {"content": [{"token": 5, "logprob": -1.0}]}, {"content": "x"}, [1], "x", {"tokens": ["a"], "token_logprobs": [-1.0, -2.0]}, {"token_logprobs": [-1.0, None]},
     {"content": [{"token": "a", "id": "five", "logprob": -1.0}]}, {"content": [{"token": "a", "logprob": -1.0, "top_logprobs": {"a": 1}}]}])  # fmt: skip
 def test_log_probabilities_that_cannot_be_read_leave_the_text(logprobs: Any) -> None:
     found = answer(chat({"content": "a"}, logprobs=logprobs))

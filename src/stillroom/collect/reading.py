@@ -306,6 +306,8 @@ def _array_places(value: Json) -> Places:
     ids_T, tokens_T = _named(texts)
     top_ids_N, top_tokens_N = _named([text for text, _ in flat])
     given = value.get("token_ids")
+    if chosen and chosen[0] is None:  # of an echoed prompt: nothing stands before its first token
+        chosen = [math.nan, *chosen[1:]]
     return Places(
         tokens_T=tokens_T,
         logprobs_T=_logprobs(chosen),
@@ -332,7 +334,12 @@ def _named(texts: list[str] | None) -> tuple[NDArray[numpy.int64] | None, list[b
         found = [_TOKEN_ID.fullmatch(text) for text in texts]
         if all(found):
             return _id_array([int(match.group(1)) for match in found if match]), None
-    return None, [_encoded(text) for text in texts]
+    return None, [_spelt_out(text) if text.startswith("bytes:") else _encoded(text) for text in texts]
+
+
+def _spelt_out(text: str) -> bytes:
+    r"""OpenAI writes a token here that is no text by itself as bytes:\xe2\x82."""
+    return bytes.fromhex(text[6:].replace("\\x", "")) if re.fullmatch(r"bytes:(?:\\x[0-9a-f]{2})+", text) else _encoded(text)
 
 
 # -- why there is no answer --------------------------------------------------------------------------------------------

@@ -75,6 +75,7 @@ CODES: dict[str, str] = {
     "endpoint-invalid": "The URL or name of an endpoint cannot be used.",
     "request-invalid": "A request body says the same thing twice, or asks for what is not read.",
     "logprobs-corrupt": "A file of log-probabilities cannot be read or does not match its checksums.",
+    "probe-invalid": "A probe's report cannot be read by this version.",
     "interrupted": "The run was interrupted and can be resumed.",
 }
 

@@ -75,19 +75,19 @@ class Answerer:
             f'"object":"{kind}","created":{CREATED},"model":{encode_json(model)},"choices":['.encode(),
             told,
             b"]",
-            self._usage(asked, completion, sum(choice.reasoning_tokens for choice in choices)),
+            self._usage(asked, choices[:1] if "usage-of-one-choice" in asked.lies else choices),
             f',"system_fingerprint":"{self._fingerprints[other]}"}}'.encode(),
         ]
         return Answered(b"".join(parts), len(asked.prompt), completion)
 
-    def _usage(self, asked: Asked, completion: int, reasoning: int) -> bytes:
+    def _usage(self, asked: Asked, choices: list[_Choice]) -> bytes:
         if "usage-missing" in asked.lies:
             return b""
-        said = 2 * completion if "usage-wrong" in asked.lies else completion
+        said = sum(choice.tokens for choice in choices) * (2 if "usage-wrong" in asked.lies else 1)
         prompt = len(asked.prompt)
         usage: dict[str, Any] = {"prompt_tokens": prompt, "completion_tokens": said, "total_tokens": prompt + said}
         if self._settings.reasoning_tokens:
-            usage["completion_tokens_details"] = {"reasoning_tokens": reasoning}
+            usage["completion_tokens_details"] = {"reasoning_tokens": sum(choice.reasoning_tokens for choice in choices)}
         return b',"usage":' + encode_json(usage).encode()
 
     def _choice(self, asked: Asked, speaker: Language, context: language.Context, index: int, draw: int) -> _Choice:

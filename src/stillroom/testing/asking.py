@@ -97,8 +97,8 @@ def read_request(route: Route, parsed: Body, settings: Settings) -> Asked:
     model = field.text("model")
     if model not in settings.models:
         raise Refused(404, "model_not_found", f"The model `{model}` does not exist.", param="model")
-    for name in ("stream", "tools", "functions", "best_of", "suffix"):
-        if body.get(name) not in (None, False, [], 1, ""):
+    for name in ("stream", "tools", "functions", "suffix"):
+        if body.get(name):
             raise _invalid(name, f"'{name}' is not supported by this endpoint.", "unsupported_parameter")
     prompt = _chat_prompt(field) if route == "chat" else _plain_prompt(field)
     limit = field.whole("max_completion_tokens", 1) if route == "chat" else None

@@ -202,10 +202,11 @@ class Language:
         chance.shuffle(order)
         words = [(rank + 1) ** -1.4 * (0.5 + chance.random()) for rank in range(len(order))]
         end = 0.6 if state < self._ending else _TINY if self._fixed_length else _SMALL
-        rest = (1 - end - self._fragment_share) / sum(words)
-        masses = {id: rest * word for id, word in zip(order, words, strict=True)}
-        if self._fragment_share:
-            masses |= {id: self._fragment_share * weight / sum(_STARTS.values()) for id, weight in _STARTS.items()}
+        parts = (1 - end) * self._fragment_share
+        scale = (1 - end - parts) / sum(words)
+        masses = {id: scale * word for id, word in zip(order, words, strict=True)}
+        if parts:
+            masses |= {id: parts * weight / sum(_STARTS.values()) for id, weight in _STARTS.items()}
         found = self._states[state] = distribution(masses | {END: end})
         return found
 

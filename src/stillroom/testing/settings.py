@@ -60,6 +60,7 @@ Lie: TypeAlias = Literal[
     "max-tokens-ignored",
     "usage-missing",
     "usage-wrong",  # twice the tokens of the answer
+    "usage-of-one-choice",  # of `n` choices the first alone is counted (as llama.cpp does); all are billed
     "finish-reason-always-stop",
     "context-cut",  # a prompt that is too long loses its beginning in silence
     "models-mixed",  # every other request is answered by another model, under its own name and fingerprint

@@ -271,11 +271,11 @@ def _span(answer: Answer, tokens: _Tokens, stop: tuple[str, ...]) -> _Span | Dem
 
 
 def _says(joined: bytes, text: str) -> bool:
-    """Whether the tokens' bytes are the text: byte for byte; with bytes that are not UTF-8 written as replacement characters; or but for the leading
-    space that SentencePiece puts before a first word.
+    """Whether the tokens' bytes are the text: byte for byte; with bytes that are not UTF-8 written as replacement characters; or but for white space
+    at the beginning, which SentencePiece puts before a first word and some servers take away.
     """
     encoded = text.encode()
-    return joined == encoded or joined == b" " + encoded or (_REPLACEMENT in encoded and joined.decode("utf-8", "replace") == text)
+    return joined == encoded or joined.lstrip() == encoded or (_REPLACEMENT in encoded and joined.decode("utf-8", "replace") == text)
 
 
 def _stopped(joined: bytes, text: bytes, stop: tuple[str, ...]) -> int | None:

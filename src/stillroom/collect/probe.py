@@ -28,7 +28,7 @@ _LONG_TOKENS = 48  # of those that have to differ by chance
 _TOP = 5  # alternatives that every endpoint with log-probabilities gives
 _ENOUGH = 128  # more alternatives than that are not looked for
 _SEED_ROUNDS = 6
-_CHANCE = 1e-4  # of a false verdict on `seed`, at most, where log-probabilities tell it
+_CHANCE = 1e-3  # of a false verdict on `seed`, at most, where log-probabilities tell it
 
 Verdict: TypeAlias = Literal["proved", "refuted", "not-supported", "not-tested"]
 Name: TypeAlias = Literal[
@@ -58,13 +58,13 @@ Buy: TypeAlias = Callable[[Call], Awaitable[Response | Failure]]
 
 _MESSAGES: Messages = ({"role": "user", "content": "Tell me a short story about a lighthouse, a violin and a lost letter."},)
 _FORCED = "zo\u00eb \u65e5\u672c \U0001f642"  # no model says it unasked, and byte-level tokenizers cut it inside characters
-_SCHEMA: Json = {
-    "type": "object",
-    "properties": {"colour": {"type": "string", "enum": [_FORCED]}},
-    "required": ["colour"],
-    "additionalProperties": False,
-}
-_FORMAT: Json = {"type": "json_schema", "json_schema": {"name": "colour", "strict": True, "schema": _SCHEMA}}
+_FORCED_PLAIN = "zqx-7431"
+
+
+def _format(value: str) -> Json:
+    properties = {"colour": {"type": "string", "enum": [value]}}
+    schema = {"type": "object", "properties": properties, "required": ["colour"], "additionalProperties": False}
+    return {"type": "json_schema", "json_schema": {"name": "colour", "strict": True, "schema": schema}}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -357,12 +357,12 @@ class _Probe:
         self.note("n", "proved" if came == 3 else "refuted", evidence, asked)
 
     async def seed(self) -> None:
-        """The same seed twice, then another, until equal texts can no longer be chance."""
+        """The same seed twice, then another, until equal texts can no longer be chance. Asks for a story: a job's own prompt may have one answer."""
         pairs: list[tuple[_Asked, _Asked]] = []
         chance = 1.0
         for number in range(_SEED_ROUNDS):
             settings = self.settings(tokens=_LONG_TOKENS, temperature=1.0, seed=1009 + number)
-            pair = (await self.ask(settings), await self.ask(settings, sample=1))
+            pair = (await self.ask(settings, messages=_MESSAGES), await self.ask(settings, messages=_MESSAGES, sample=1))
             failed = next((asked for asked in pair if asked.first is None), None)
             if failed is not None:
                 self.fail("seed", failed)
@@ -433,13 +433,17 @@ class _Probe:
         self.note("finish_reason", "proved" if right else "refuted", f"an answer that was cut says {answer.finish_reason!r}", asked)
 
     async def form(self) -> None:
-        asked = await self.ask(self.settings(tokens=4 * _TOKENS, temperature=1.0, response_format=_FORMAT))
-        if asked.first is None:
+        """A schema with one value; a plain one after it where the first fails, for a grammar can only say what the tokenizer can."""
+        for value in (_FORCED, _FORCED_PLAIN):
+            asked = await self.ask(self.settings(tokens=4 * _TOKENS, temperature=1.0, response_format=_format(value)))
+            if asked.first is not None:
+                held = _is_forced(asked.first.text, value)
+                evidence = "the only value that the schema allows came" if held else "what came is not what the schema allows"
+                self.note("response_format", "proved" if held else "refuted", evidence, asked)
+                return
             self.fail("response_format", asked)
-            return
-        held = _is_forced(asked.first.text)
-        evidence = "the only value that the schema allows came" if held else "what came is not what the schema allows"
-        self.note("response_format", "proved" if held else "refuted", evidence, asked)
+            if asked.refused:
+                return
 
     async def extras(self) -> None:
         """The fields of vLLM's own, which others refuse or pass over."""
@@ -662,13 +666,13 @@ def _stop_in(text: str) -> str | None:
     return None
 
 
-def _is_forced(text: str) -> bool:
+def _is_forced(text: str, value: str) -> bool:
     """Whether the text is the schema's one value, or the beginning of it where it was cut."""
     try:
-        return bool(json.loads(text) == {"colour": _FORCED})
+        return bool(json.loads(text) == {"colour": value})
     except (ValueError, RecursionError):
         compact = "".join(text.split())
-        whole = "".join(json.dumps({"colour": _FORCED}, ensure_ascii=False).split())
+        whole = "".join(json.dumps({"colour": value}, ensure_ascii=False).split())
         return len(compact) > len('{"colour":"') and whole.startswith(compact.rstrip("\ufffd"))
 
 

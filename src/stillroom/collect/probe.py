@@ -528,7 +528,8 @@ class _Probe:
         for asked, answer, temperature, forced in self.checked:
             # What a schema forces is not the likeliest.
             expected = Expectations(alternatives=0, temperature=1.0 if forced else temperature, reported=reported, index=self.index)
-            result = verify(replace(answer, usage=None), expected)
+            text = _with_its_spaces(answer) if forced else answer.text
+            result = verify(replace(answer, text=text, usage=None), expected)
             results.append((asked, answer, result, forced))
         short = [
             (number, answer) for number, (asked, answer, result, _) in enumerate(results) if len(asked.answers) == 1 and _is_short(answer, result)
@@ -664,6 +665,12 @@ def _stop_in(text: str) -> str | None:
         if string.isascii() and string.isprintable() and string.strip() == string and len(string) == 2 and text.index(string) > 0:
             return string
     return None
+
+
+def _with_its_spaces(answer: Answer) -> str:
+    """The text with the white space at its ends that its tokens have: a grammar lets it be said, and servers take it away."""
+    said = b"".join(answer.places.tokens_T or []).decode("utf-8", "replace") if answer.places is not None else answer.text
+    return said if said.strip() == answer.text.strip() else answer.text
 
 
 def _is_forced(text: str, value: str) -> bool:

@@ -214,7 +214,8 @@ class _Probe:
             temperature = 1.0 if settings.temperature is None else settings.temperature
             forced = settings.response_format is not None
             # A server may write the part of a token before a stop string as other tokens, and an echo begins with what it did not generate.
-            if not settings.stop and not settings.extra.get("echo"):
+            plain = settings.response_format == _format(_FORCED_PLAIN)  # shows nothing of fragments, and servers tidy such a text
+            if not settings.stop and not settings.extra.get("echo") and not plain:
                 self.checked += [(asked, answer, temperature, forced) for answer in asked.answers]
         return asked
 
@@ -534,8 +535,9 @@ class _Probe:
         short = [
             (number, answer) for number, (asked, answer, result, _) in enumerate(results) if len(asked.answers) == 1 and _is_short(answer, result)
         ]
-        # Where the text is whole and only answers with characters of several tokens are short, it is the entries that lack; otherwise it is the usage.
-        if not any(answer.text.isascii() for _, answer in short):
+        # Where tokens are seen to be missing, or only answers with characters of several tokens are short, the entries lack; otherwise the usage is wrong.
+        missing = any(isinstance(result, Demoted) and result.reason == "text-differs" for _, _, result, _ in results)
+        if missing or not any(answer.text.isascii() for _, answer in short):
             for number, _ in short:
                 asked, answer, _, forced = results[number]
                 results[number] = (asked, answer, Demoted(reason="count-differs"), forced)

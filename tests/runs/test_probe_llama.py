@@ -24,17 +24,17 @@ pytest.importorskip("xllamacpp")
 pytest.importorskip("gguf")
 
 
-async def sent(session: aiohttp.ClientSession, call: Call) -> Response:
-    content = json.dumps({"seed": 5} | call.body).encode()  # what has no seed gets one here, so that the test is one test
+async def sent(session: aiohttp.ClientSession, call: Call, seed: int = 5) -> Response:
+    content = json.dumps({"seed": seed} | call.body).encode()  # what has no seed gets one here, so that the test is one test
     async with session.post(call.endpoint.url, data=content, headers={"content-type": "application/json"}) as got:
         headers = {name.lower(): value for name, value in got.headers.items()}
         return Response(status=got.status, headers=headers, body=await got.read(), seconds=0.0)
 
 
-def probed(endpoint: Endpoint, **more: Any) -> ProbeReport:
+def probed(endpoint: Endpoint, seed: int = 5, **more: Any) -> ProbeReport:
     async def run() -> ProbeReport:
         async with aiohttp.ClientSession() as session:
-            return await probe(endpoint, lambda call: sent(session, call), **more)
+            return await probe(endpoint, lambda call: sent(session, call, seed), **more)
 
     return asyncio.run(run())
 
@@ -88,10 +88,12 @@ def test_entries_are_short_where_tokens_break_characters(tmp_path: Path) -> None
     vocabulary = Vocabulary.from_tokenizer(tokenizer, len(tokenizer))
     with llama_server(directory) as server:
         endpoint = Endpoint.parse(server.base_url, "tiny", route="completions")
-        report = probed(endpoint, index=TokenIndex(vocabulary))
-        assert report["entries"].verdict == "refuted", report["entries"]
-        assert report["usage"].verdict != "refuted", report["usage"]
-        assert report["temperature"].value == "before"
+        # This route does not enforce a schema, so nothing forces a fragment: they come by chance, and the probe sees them when they do.
+        reports = [probed(endpoint, seed, index=TokenIndex(vocabulary)) for seed in range(4)]
+        assert "refuted" in [report["entries"].verdict for report in reports]
+        for report in reports:
+            assert report["usage"].verdict != "refuted", report["usage"]
+            assert report["temperature"].value == "before"
 
         async def answers() -> list[Answer]:
             found = []

@@ -10,6 +10,7 @@
     |- RunError                              the run directory: locked, of another recipe, out of order
     |- ResourceError                         disk or memory that does not suffice
     |- DivergedError                         the loss became NaN or infinite
+    |- CollectError                          endpoints, requests to them, and what they answer
     |- EntitlementError                      terms records, confirmations and authorisations that cannot be used
     |- EntitlementDenied           exit 4    the teacher's terms forbid it
     |- EntitlementUnknown          exit 5    a fact is missing; the question is in the message
@@ -62,6 +63,7 @@ CODES: dict[str, str] = {
     "process-lost": "Another process of the run ended before its time.",
     "processes-differ": "The processes of a run do not start from the same state.",
     "diverged": "The loss became NaN or infinite.",
+    "endpoint-settings": "The settings of the fake endpoint are not what was expected.",
     "server-failed": "A server for a student could not be started, or ended by itself.",
     "port-in-use": "The port that was asked for cannot be used.",
     "missing-extra": "An optional part of Stillroom is not installed.",
@@ -70,6 +72,10 @@ CODES: dict[str, str] = {
     "entitlement-denied": "The teacher's terms forbid this use.",
     "entitlement-unknown": "The teacher's terms are not known well enough to go on.",
     "obligations-unmet": "Something that the student must carry when it is given away is not there.",
+    "endpoint-invalid": "The URL or name of an endpoint cannot be used.",
+    "request-invalid": "A request body says the same thing twice, or asks for what is not read.",
+    "logprobs-corrupt": "A file of log-probabilities cannot be read or does not match its checksums.",
+    "probe-invalid": "A probe's report cannot be read by this version.",
     "interrupted": "The run was interrupted and can be resumed.",
 }
 
@@ -134,6 +140,10 @@ class ResourceError(StillroomError):
 
 class DivergedError(StillroomError):
     """The loss became NaN or infinite."""
+
+
+class CollectError(StillroomError):
+    """Endpoints, requests to them, and what they answer."""
 
 
 class EntitlementError(StillroomError):

@@ -31,7 +31,7 @@ Fault: TypeAlias = Literal[
     "empty-body",
     "wrong-content-type",  # the right body as text/plain
 ]
-"""What can go wrong with a request. docs: the comment of each."""
+"""What can go wrong with a request."""
 
 WORK_DONE: frozenset[Fault] = frozenset(
     {

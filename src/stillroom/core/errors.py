@@ -9,6 +9,9 @@
     |- LedgerError                           a ledger that does not verify
     |- RunError                              the run directory: locked, of another recipe, out of order
     |- ResourceError                         disk or memory that does not suffice
+    |- SpendError                            prices and caps of what is bought from an endpoint
+    |- SpendCapReached                       the next call could go over a cap
+    |- RequestStoreError                     requests on disk: corrupt, in use, of something else
     |- DivergedError                         the loss became NaN or infinite
     |- EntitlementError                      terms records, confirmations and authorisations that cannot be used
     |- EntitlementDenied           exit 4    the teacher's terms forbid it
@@ -61,6 +64,16 @@ CODES: dict[str, str] = {
     "parallel-unavailable": "The processes that were started cannot train together in the way asked for.",
     "process-lost": "Another process of the run ended before its time.",
     "processes-differ": "The processes of a run do not start from the same state.",
+    "prices-invalid": "A file of prices is not what was expected.",
+    "price-unknown": "A cap in money was set for a model whose price is not known.",
+    "spend-cap-missing": "Nothing bounds what may be spent.",
+    "spend-cap-invalid": "A cap is not an amount that can be kept to.",
+    "spend-cap-reached": "What the next call may cost does not fit under the cap.",
+    "call-unbounded": "A call sets no limit on what it can cost.",
+    "request-store-corrupt": "The request store cannot be read, or does not match itself.",
+    "request-store-other": "The file is not a request store that this version can use.",
+    "request-store-locked": "Another process is using the request store.",
+    "request-conflict": "A row was requested before with another call.",
     "diverged": "The loss became NaN or infinite.",
     "missing-extra": "An optional part of Stillroom is not installed.",
     "terms-missing": "A file of terms cannot be read or written, or a record asked for is not there.",
@@ -128,6 +141,25 @@ class RunError(StillroomError):
 
 class ResourceError(StillroomError):
     """Disk or memory that does not suffice."""
+
+
+class SpendError(StillroomError):
+    """Prices and caps of what is bought from an endpoint."""
+
+
+class SpendCapReached(StillroomError):
+    """The next call could go over a cap. What was bought is kept; with a higher cap, collection goes on.
+
+    `may_fit_later`: calls that are under way reserve so much that the call could fit when they are settled.
+    """
+
+    def __init__(self, code: str, *, may_fit_later: bool, found: str, expected: str = "", why: str = "", do: str) -> None:
+        self.may_fit_later = may_fit_later
+        super().__init__(code, found=found, expected=expected, why=why, do=do)
+
+
+class RequestStoreError(StillroomError):
+    """Requests on disk: corrupt, in use, of something else."""
 
 
 class DivergedError(StillroomError):

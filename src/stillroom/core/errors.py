@@ -13,6 +13,7 @@
     |- SpendCapReached                       the next call could go over a cap
     |- RequestStoreError                     requests on disk: corrupt, in use, of something else
     |- DivergedError                         the loss became NaN or infinite
+    |- CollectError                          endpoints, requests to them, and what they answer
     |- EntitlementError                      terms records, confirmations and authorisations that cannot be used
     |- EntitlementDenied           exit 4    the teacher's terms forbid it
     |- EntitlementUnknown          exit 5    a fact is missing; the question is in the message
@@ -81,6 +82,8 @@ CODES: dict[str, str] = {
     "entitlement-denied": "The teacher's terms forbid this use.",
     "entitlement-unknown": "The teacher's terms are not known well enough to go on.",
     "obligations-unmet": "Something that the student must carry when it is given away is not there.",
+    "endpoint-invalid": "The URL or name of an endpoint cannot be used.",
+    "request-invalid": "A request body says the same thing twice, or asks for what is not read.",
     "interrupted": "The run was interrupted and can be resumed.",
 }
 
@@ -164,6 +167,10 @@ class RequestStoreError(StillroomError):
 
 class DivergedError(StillroomError):
     """The loss became NaN or infinite."""
+
+
+class CollectError(StillroomError):
+    """Endpoints, requests to them, and what they answer."""
 
 
 class EntitlementError(StillroomError):

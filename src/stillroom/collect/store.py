@@ -29,7 +29,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeAlias, TypeVar
 
+from stillroom.collect import merging
 from stillroom.collect.database import GroupCommit, StoreLock, Work, connect, errors_reported
+from stillroom.collect.explain import Explanation, differences
+from stillroom.collect.merging import Merged
 from stillroom.collect.spend import Amount, Caps, Price, Spend, cost, in_units, projected, worst_case
 from stillroom.collect.wire import AGAIN, STOPS, Answer, Call, Endpoint, Failure, FailureReason, Outcome, Usage
 from stillroom.core.clock import Clock, now
@@ -222,7 +225,7 @@ class RequestStore:
         """
         total, source = Requested(), iter(rows)
         while chunk := list(islice(source, _ROWS_TOGETHER)):
-            prepared = [(row, bytes.fromhex(row.call.key), _pack(row.call.body), _text_digest(row.call.body)) for row in chunk]
+            prepared = [(row, bytes.fromhex(row.call.key), zlib.compress(row.call.content), _text_digest(row.call.body)) for row in chunk]
             done = self._run(partial(self._request, prepared))
             total = Requested(new=total.new + done.new, hits=total.hits + done.hits, known=total.known + done.known)
         return total
@@ -238,10 +241,7 @@ class RequestStore:
             else:
                 _require_same_call(db, row, call)
                 known += 1
-        db.execute(
-            "INSERT INTO facts VALUES ('store', 'requested', ?) ON CONFLICT DO UPDATE SET value = CAST(value AS INTEGER) + excluded.value",
-            (str(new),),
-        )
+        merging.add_requested(db, new)
         return Requested(new=new, hits=hits, known=known)
 
     def _add_call(self, db: sqlite3.Connection, call: Call, key: bytes, body: bytes, text: bytes, *, wanted: bool) -> tuple[int, str]:
@@ -279,10 +279,10 @@ class RequestStore:
             (after, limit),
         )
         calls = []
-        for position, key, identity, variable, sample, tried, body, row, prompt in found:
-            endpoint = Endpoint(key_variable=variable, **json.loads(identity))
-            call = PendingCall(endpoint=endpoint, body=self._unpack(body), sample=sample, position=position, row=row, prompt=prompt, tried=tried)
-            call.__dict__["key"] = key.hex()  # where cached_property keeps it
+        for position, key, identity, variable, sample, tried, packed, row, prompt in found:
+            endpoint, content = self._endpoint_of(identity, variable), self._inflate(packed)
+            call = PendingCall(endpoint=endpoint, body=self._json(content), sample=sample, position=position, row=row, prompt=prompt, tried=tried)
+            call.__dict__.update(key=key.hex(), content=content)  # where cached_property keeps them
             calls.append(call)
         return calls
 
@@ -296,7 +296,7 @@ class RequestStore:
             found = db.execute("SELECT r.id, r.call, c.state FROM rows r JOIN calls c ON c.id = r.call WHERE r.row = ?", (row,)).fetchone()
             if found is None or found[2] not in ("answered", "failed"):
                 raise ValueError(f"row {row!r} is not there" if found is None else f"the call of row {row!r} is {found[2]}")
-            number, _ = self._add_call(db, call, bytes.fromhex(call.key), _pack(call.body), _text_digest(call.body), wanted=True)
+            number, _ = self._add_call(db, call, bytes.fromhex(call.key), zlib.compress(call.content), _text_digest(call.body), wanted=True)
             if number != found[1]:
                 db.execute("INSERT OR IGNORE INTO superseded VALUES (?, ?, ?)", (found[0], found[1], _clean(reason)))
                 db.execute("UPDATE rows SET call = ?, verdict = NULL, reason = NULL WHERE id = ?", (number, found[0]))
@@ -336,14 +336,13 @@ class RequestStore:
         Raises SpendCapReached where it does not fit under a cap, SpendError where its endpoint was not permitted or the call has no bound, and
         AssertionError where it is under way or has ended: nothing is bought twice.
         """
-        body = canonical_json(call.body)
-        key, began = bytes.fromhex(call.key), self._now_ms()
+        key, content, began = bytes.fromhex(call.key), call.content, self._now_ms()
 
         def work(db: sqlite3.Connection) -> Reservation:
-            number, state = self._add_call(db, call, key, zlib.compress(body), _text_digest(call.body), wanted=False)
+            number, state = self._add_call(db, call, key, zlib.compress(content), _text_digest(call.body), wanted=False)
             if state != "pending":
                 raise AssertionError(f"call {call.key} is {state}: it is not begun again")
-            return self._reserve(db, call, number, len(body), began)
+            return self._reserve(db, call, number, len(content), began)
 
         submitted = self._submit(work)
         try:
@@ -591,7 +590,7 @@ class RequestStore:
             state=state,
             verdict=verdict,
             reason=why if verdict is not None else failure,
-            answer=None if answer is None else _answer(self._unpack(answer)),
+            answer=None if answer is None else self._answer_of(answer),
             logprobs=None if shard is None else (shard, place),
             demoted=demoted,
         )
@@ -599,12 +598,42 @@ class RequestStore:
     def answer(self, key: str) -> Answer | None:
         """The answer to a call, without log-probabilities; None where there is none."""
         found = self._rows_of("SELECT o.answer FROM outcomes o JOIN calls c ON c.id = o.call WHERE c.key = ?", (bytes.fromhex(key),))
-        return _answer(self._unpack(found[0][0])) if found else None
+        return self._answer_of(found[0][0]) if found else None
 
     def raw(self, key: str) -> bytes | None:
         """The raw body of an answer whose log-probabilities were not believed; None where none was kept."""
         found = self._rows_of("SELECT o.raw FROM outcomes o JOIN calls c ON c.id = o.call WHERE c.key = ?", (bytes.fromhex(key),))
         return self._inflate(found[0][0]) if found and found[0][0] is not None else None
+
+    def verify(self) -> None:
+        """Reads everything: SQLite's own check, every value, every key, and that no row was lost. Raises 'request-store-corrupt'."""
+        checked = self._rows_of("PRAGMA integrity_check(1)")[0][0]
+        if checked != "ok":
+            raise _corrupt(self.path, checked)
+        last = read = 0
+        statement = (
+            "SELECT c.id, c.key, c.sample, c.state, e.identity, b.body, o.answer, o.raw FROM calls c JOIN endpoints e ON e.id = c.endpoint"
+            " JOIN bodies b ON b.call = c.id LEFT JOIN outcomes o ON o.call = c.id WHERE c.id > ? ORDER BY c.id LIMIT ?"
+        )
+        while found := self._rows_of(statement, (last, _ROWS_TOGETHER)):
+            for _, *columns in found:
+                self._verify_call(*columns)
+            last, read = found[-1][0], read + len(found)
+        if read != self._rows_of("SELECT count(*) FROM calls")[0][0]:
+            raise _corrupt(self.path, "a call has lost its body or its endpoint")
+        try:
+            self.counts().require_conserved()
+        except AssertionError as error:
+            raise _corrupt(self.path, str(error)) from error
+
+    def _verify_call(self, key: bytes, sample: int, state: str, identity: str, body: bytes, answer: bytes | None, raw: bytes | None) -> None:
+        call = Call(endpoint=self._endpoint_of(identity), body=self._unpack(body), sample=sample)
+        if call.key != key.hex() or (state == "answered") != (answer is not None):
+            raise _corrupt(self.path, f"call {key.hex()} is not what its key says, or has lost its answer")
+        if answer is not None:
+            self._answer_of(answer)
+        if raw is not None:
+            self._inflate(raw)
 
     # -- log-probabilities ------------------------------------------------------------------------------------------------------
 
@@ -625,6 +654,45 @@ class RequestStore:
 
         self._run(work)
 
+    # -- explanations -----------------------------------------------------------------------------------------------------------
+
+    def explain(self, what: str | Call) -> Explanation | None:
+        """What is known of a call, or of a key (or its beginning), and how it differs from the stored call that is nearest to it.
+
+        Near are calls of the same rows' prompts and calls about the same text; else the last ones that were answered. None for a key that is not there,
+        ValueError for one that is no hexadecimal number or begins several.
+        """
+        asked = self._call_of_key(what) if isinstance(what, str) else what
+        if asked is None:
+            return None
+        known = self._rows_of("SELECT id, state, reason, attempts FROM calls WHERE key = ?", (bytes.fromhex(asked.key),))
+        number, state, reason, attempts = known[0] if known else (-1, None, None, 0)
+        near = []
+        for other, how, packed, identity, sample in self._rows_of(_NEAR, {"text": _text_digest(asked.body), "call": number, "most": _NEAR_CALLS}):
+            call = Call(endpoint=self._endpoint_of(identity), body=self._unpack(packed), sample=sample)
+            near.append((differences(asked, call), how != "answered", other, call.key, how))
+        least = min(near, key=lambda one: (len(one[0]), *one[1:3])) if near else None
+        return Explanation(
+            key=asked.key,
+            state=state,
+            reason=reason,
+            attempts=attempts,
+            nearest=least[3] if least else None,
+            nearest_state=least[4] if least else None,
+            differences=least[0] if least else (),
+        )
+
+    def _call_of_key(self, beginning: str) -> Call | None:
+        low, high = (bytes.fromhex(beginning.lower().ljust(64, digit)) for digit in "0f")
+        found = self._rows_of(
+            "SELECT e.identity, c.sample, b.body FROM calls c JOIN endpoints e ON e.id = c.endpoint JOIN bodies b ON b.call = c.id"
+            " WHERE c.key BETWEEN ? AND ? LIMIT 2",
+            (low, high),
+        )
+        if len(found) > 1:
+            raise ValueError(f"{beginning!r} begins several keys")
+        return Call(endpoint=self._endpoint_of(found[0][0]), sample=found[0][1], body=self._unpack(found[0][2])) if found else None
+
     # -- facts ------------------------------------------------------------------------------------------------------------------
 
     def remember(self, kind: Fact, endpoint: Endpoint, value: Json) -> None:
@@ -635,6 +703,34 @@ class RequestStore:
         """What `remember` kept; None where nothing was."""
         with self._reading, errors_reported(self.path):
             return _fact(self._reader, kind, _identity(endpoint))
+
+    # -- several machines -------------------------------------------------------------------------------------------------------
+
+    def merge(self, sources: Iterable[Path | str]) -> Merged:
+        """Takes over what is in other stores, which nobody may be using. What was taken over before is not again, and counts once.
+
+        Where both have an answer to a call and they differ, or both decided about a row and not the same, this store's stays and the conflict is told
+        (and kept). Shards of log-probabilities are files beside a store, which whoever merges copies: `Merged.shards` names them. The spend is the
+        sum, the caps are this store's.
+        """
+        merged = Merged()
+        for source in sources:
+            with RequestStore.open(source, clock=self._clock) as other:
+                merged = merged + self._merge_one(other)
+        return merged
+
+    def _merge_one(self, other: RequestStore) -> Merged:
+        merged = Merged()
+        steps = (("prices", merging.prices), ("calls", merging.calls), ("attempts", merging.attempts), ("rows", merging.rows))
+        for table, step in steps:
+            last = 0
+            # `rowid` is the primary key where that is an integer.
+            while taken := other._rows_of(f"SELECT rowid FROM {table} WHERE rowid > ? ORDER BY rowid LIMIT ?", (last, _ROWS_TOGETHER)):
+                read = partial(other._rows_of, values=(last, taken[-1][0]))
+                merged = merged + self._run(partial(step, read))
+                last = taken[-1][0]
+        self._run(self._recount)
+        return merged
 
     # -- within -----------------------------------------------------------------------------------------------------------------
 
@@ -662,7 +758,7 @@ class RequestStore:
             raise RuntimeError(f"{self.path} is closed, or was opened to be read only")
         return self._writer
 
-    def _rows_of(self, statement: str, values: Sequence[Any] = ()) -> list[Any]:
+    def _rows_of(self, statement: str, values: Sequence[Any] | Mapping[str, Any] = ()) -> list[Any]:
         with self._reading, errors_reported(self.path):
             return self._reader.execute(statement, values).fetchall()
 
@@ -673,18 +769,44 @@ class RequestStore:
             raise _corrupt(self.path, f"a value cannot be unpacked: {error}") from error
 
     def _unpack(self, data: bytes) -> Json:
+        return self._json(self._inflate(data))
+
+    def _json(self, text: bytes) -> Json:
         try:
-            tree = json.loads(self._inflate(data))
+            tree = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise _corrupt(self.path, f"a value is not JSON: {error}") from error
         if not isinstance(tree, dict):
             raise _corrupt(self.path, f"a value is {type(tree).__name__}")
         return tree
 
+    def _answer_of(self, packed: bytes) -> Answer:
+        try:
+            return _answer(self._unpack(packed))
+        except (KeyError, TypeError, ValueError) as error:
+            raise _corrupt(self.path, f"an answer cannot be read: {error!r}") from error
+
+    def _endpoint_of(self, identity: str, key_variable: str | None = None) -> Endpoint:
+        try:
+            return Endpoint(key_variable=key_variable, **json.loads(identity))
+        except (TypeError, ValueError) as error:
+            raise _corrupt(self.path, f"an endpoint cannot be read: {error!r}") from error
+
     def _now_ms(self) -> int:
         return int(self._clock().timestamp() * 1000)
 
 
+_NEAR_CALLS = 200
+_NEAR = """
+WITH near (id) AS (
+    SELECT * FROM (SELECT id FROM calls WHERE text = :text LIMIT :most)
+    UNION SELECT * FROM (SELECT same.call FROM rows mine JOIN rows same ON same.prompt = mine.prompt WHERE mine.call = :call LIMIT :most)
+    UNION SELECT s.call FROM superseded s JOIN rows r ON r.id = s.row WHERE r.call = :call
+    UNION SELECT * FROM (SELECT call FROM outcomes ORDER BY call DESC LIMIT :most)
+)
+SELECT c.id, c.state, b.body, e.identity, c.sample FROM near JOIN calls c USING (id) JOIN bodies b ON b.call = c.id
+JOIN endpoints e ON e.id = c.endpoint WHERE c.id <> :call
+"""
 _STORED_ROWS = (
     "SELECT r.id, r.row, r.prompt, r.verdict, r.reason, c.key, c.sample, c.state, c.reason, o.answer, o.demoted, o.shard, o.place"
     " FROM rows r JOIN calls c ON c.id = r.call LEFT JOIN outcomes o ON o.call = c.id"
@@ -697,6 +819,13 @@ def _make_open_unanswered(db: sqlite3.Connection, ended_ms: int) -> None:
     db.execute("UPDATE attempts SET state = 'unanswered', reason = 'outcome-unknown', ended_ms = ? WHERE state = 'open'", (ended_ms,))
     db.execute("UPDATE calls SET state = 'pending' WHERE state = 'in-flight'")
     db.execute("COMMIT")
+
+
+def shard(rows: Iterable[Row], index: int, count: int) -> Iterator[Row]:
+    """The rows of one of `count` machines, by equal ranges of their calls' keys: rows that share a call are together, in every order of rows."""
+    if not 0 <= index < count:
+        raise ValueError(f"there is no shard {index} of {count}")
+    return (row for row in rows if int(row.call.key[:16], 16) * count >> 64 == index)
 
 
 def _totals(db: sqlite3.Connection) -> _Totals:
@@ -749,25 +878,30 @@ def _columns_of(outcome: Outcome, secret: str | None) -> dict[str, Any]:
 
 
 _USAGE = ("prompt_tokens", "completion_tokens", "reasoning_tokens", "cached_tokens")
-_ANSWER = ("text", "finish_reason", "reasoning", "model", "fingerprint", "provider", "response_id")
+_ANSWER = ("text", "finish_reason", "reasoning", "thinking", "model", "fingerprint", "provider", "response_id")
 
 
 def _pack_answer(answer: Answer, secret: str | None) -> bytes:
     """The answer without its places. ASCII, for text may have halves of surrogate pairs, which UTF-8 cannot."""
-    tree: Json = {name: value for name in _ANSWER if (value := getattr(answer, name)) is not None}
-    tree = {name: _without_text(value, secret) for name, value in tree.items()}
+    tree: Json = {name: _without_text(value, secret) for name in _ANSWER if (value := getattr(answer, name)) is not None}
     if answer.usage is not None:
         tree["usage"] = [getattr(answer.usage, name) for name in _USAGE]
+    if answer.token_ids is not None:
+        tree["token_ids"] = answer.token_ids
+    if answer.places_unreadable:
+        tree["places_unreadable"] = True
     return zlib.compress(json.dumps(tree, separators=(",", ":")).encode())
 
 
 def _answer(tree: Json) -> Answer:
-    usage = tree.pop("usage", None)
+    """The inverse. KeyError, TypeError or ValueError for anything else."""
+    usage, ids = tree.pop("usage", None), tree.pop("token_ids", None)
     return Answer(
-        text=tree["text"],
-        finish_reason=tree.get("finish_reason"),
+        text=tree.pop("text"),
+        finish_reason=tree.pop("finish_reason", None),
         usage=None if usage is None else Usage(**dict(zip(_USAGE, usage, strict=True))),
-        **{name: tree.get(name) for name in _ANSWER[2:]},
+        token_ids=None if ids is None else tuple(ids),
+        **tree,
     )
 
 
@@ -786,10 +920,6 @@ _SECRET_CHARACTERS = 8
 def _clean(text: str | None) -> str | None:
     """Text that SQLite can hold: halves of surrogate pairs become question marks."""
     return None if text is None else text.encode(errors="replace").decode()
-
-
-def _pack(tree: Json) -> bytes:
-    return zlib.compress(canonical_json(tree))
 
 
 def _text_digest(body: Json) -> bytes:

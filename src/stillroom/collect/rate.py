@@ -29,11 +29,13 @@ WINDOW_SECONDS = 60.0  # what limits are counted over, unless the headers show a
 BURST_SECONDS = 0.5  # what a bucket saves up at most; endpoints allow no less than a second's worth where they allow bursts at all
 LEARNT_SHARE = 0.95  # of the rate that was reached when a refusal came
 QUIET_SECONDS = 2.0  # without a refusal, before a learnt rate or a trim grows
-FIRST_CONCURRENCY = 16
+FIRST_CONCURRENCY = 4
 _OBSERVED_SECONDS = 3.0
 _CUSHION_SECONDS = 0.15  # of its rate, that an endpoint is let save up after a refusal: what it allows is then not at its edge
 _LARGEST_WAIT_SECONDS = 3600.0
 _LARGEST_RATE = 1e9
+FIRST_PAUSE_SECONDS = 0.1  # after a refusal that says nothing of when to come again; doubled for each that follows without an answer between
+LARGEST_PAUSE_SECONDS = 60.0
 _SMOOTHING = 0.05
 
 
@@ -100,6 +102,7 @@ class RateController:
         self._ceiling: float | None = None
         self._clean = 0
         self._in_flight = 0
+        self._streak = 0  # bursts of refusals since the last answer
         self._token_share = 1.0  # what calls used of the most that they could
         self._paused_until = -math.inf
         self._cut_at = -math.inf
@@ -143,24 +146,34 @@ class RateController:
         before = self._requests.rate, self._tokens.rate
         if rates is not None:
             self._told(rates, now)
-        lowered = any(new is not None and old is not None and new < old for old, new in zip(before, (self._requests.rate, self._tokens.rate), strict=True))
+        lowered = any(
+            new is not None and old is not None and new < old for old, new in zip(before, (self._requests.rate, self._tokens.rate), strict=True)
+        )
         match signal:
             case "answered":
                 self._answered(ticket, used_tokens, binding, now)
             case "refused":
                 self.refusals += 1
                 self._tokens.level += ticket.expected_tokens
-                self._refused(ticket, rates, lowered, now)
+                explained = self._refused(ticket, rates, lowered, now)
+                if retry_after_seconds is None and not explained:
+                    self._pause(now)
             case "overloaded":
                 self._overloaded(ticket, now)
-            case "failed" | "unsent":
+                if retry_after_seconds is None:
+                    self._pause(now)
+            case "failed":
                 self._clean = 0
+            case "unsent":
+                self._tokens.level += ticket.expected_tokens
+                self._requests.level += 1
         if retry_after_seconds is not None and signal in ("refused", "overloaded", "failed"):
             self._paused_until = max(self._paused_until, now + min(retry_after_seconds, _LARGEST_WAIT_SECONDS))
 
     # -- what answers teach --------------------------------------------------------------------------------------------
 
     def _answered(self, ticket: Ticket, used_tokens: int | None, binding: bool, now: float) -> None:
+        self._streak = 0
         self._finished.append(now)
         self._forget(now)
         if used_tokens is not None:
@@ -177,7 +190,8 @@ class RateController:
 
     def _run(self) -> float:
         """After how many clean answers there may be one more in flight: one while no limit was ever met, few well below the last limit
-        or long after it, else a round."""
+        or long after it, else a round.
+        """
         if self._ceiling is None:
             return 1
         far = self._concurrency < 0.9 * self._ceiling or self._clock() - self._cut_at > 2 * QUIET_SECONDS
@@ -209,10 +223,11 @@ class RateController:
 
     # -- what refusals teach -------------------------------------------------------------------------------------------
 
-    def _refused(self, ticket: Ticket, rates: Rates | None, lowered: bool, now: float) -> None:
+    def _refused(self, ticket: Ticket, rates: Rates | None, lowered: bool, now: float) -> bool:
+        """Whether the refusal is explained by a told rate, which then holds calls back by itself."""
         self._clean = 0
         if ticket.at < self._cut_at:
-            return
+            return True
         self._cut_at = self._grown_at = now
         short = self._short(ticket, rates)
         for bucket in short:
@@ -223,6 +238,12 @@ class RateController:
         if not short and not lowered:
             self._learn(now)
             self._cut()
+        return bool(short) or lowered
+
+    def _pause(self, now: float) -> None:
+        pause = min(FIRST_PAUSE_SECONDS * 2.0 ** min(self._streak, 16), LARGEST_PAUSE_SECONDS)
+        self._streak += 1
+        self._paused_until = max(self._paused_until, now + pause)
 
     def _short(self, ticket: Ticket, rates: Rates | None) -> list[_Bucket]:
         """The buckets whose told rate explains a refusal."""
@@ -255,7 +276,8 @@ class RateController:
 
     def _grow_learnt(self, now: float) -> None:
         """After QUIET_SECONDS without a refusal a learnt rate grows by 2% of itself a second, and faster the longer the quiet; a trim by a
-        thousandth of the told rate."""
+        thousandth of the told rate.
+        """
         quiet = now - self._cut_at
         since = now - max(self._grown_at, self._cut_at + QUIET_SECONDS)
         if since <= 0 or not math.isfinite(quiet):

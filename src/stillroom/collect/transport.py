@@ -14,7 +14,7 @@ from asyncio import timeout as time_limit
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeAlias, get_args
 from urllib.parse import urlsplit
-from urllib.request import getproxies_environment, proxy_bypass_environment
+from urllib.request import getproxies_environment, proxy_bypass
 
 import aiohttp
 
@@ -225,6 +225,6 @@ def _joined(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
 def _proxy_of(url: str) -> str | None:
     """The proxy that the environment (https_proxy, http_proxy, no_proxy) names for a URL. Not aiohttp's own look, which takes keys from .netrc too."""
     parts = urlsplit(url)
-    if parts.hostname is None or proxy_bypass_environment(parts.netloc.rpartition("@")[2]):
+    if parts.hostname is None or proxy_bypass(parts.netloc.rpartition("@")[2]):
         return None
     return getproxies_environment().get(parts.scheme)

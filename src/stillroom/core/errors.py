@@ -87,6 +87,8 @@ CODES: dict[str, str] = {
     "obligations-unmet": "Something that the student must carry when it is given away is not there.",
     "endpoint-invalid": "The URL or name of an endpoint cannot be used.",
     "request-invalid": "A request body says the same thing twice, or asks for what is not read.",
+    "key-unusable": "The endpoint's key is not where it was said to be, or cannot be sent.",
+    "endpoint-refuses": "The endpoint cannot be reached, or answers nobody with this key, model or quota.",
     "logprobs-corrupt": "A file of log-probabilities cannot be read or does not match its checksums.",
     "interrupted": "The run was interrupted and can be resumed.",
 }

@@ -69,7 +69,7 @@ def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 @pytest.mark.parametrize("dtype", ["f32", "f16"])
 def test_llama_cpp_gives_the_same_tokens_and_log_probabilities(directory: Path, dtype: str, tmp_path: Path) -> None:
-    export_gguf(directory, tmp_path / "model.gguf", dtype=dtype)
+    export_gguf(directory, tmp_path / "model.gguf", quantize=dtype)
     model = load_model(describe(str(directory)))
     renderer = Renderer(load_tokenizer(str(directory)))
     with served(tmp_path / "model.gguf") as address:

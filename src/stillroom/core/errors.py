@@ -76,6 +76,9 @@ CODES: dict[str, str] = {
     "request-store-locked": "Another process is using the request store.",
     "request-conflict": "A row was requested before with another call.",
     "diverged": "The loss became NaN or infinite.",
+    "endpoint-settings": "The settings of the fake endpoint are not what was expected.",
+    "server-failed": "A server for a student could not be started, or ended by itself.",
+    "port-in-use": "The port that was asked for cannot be used.",
     "missing-extra": "An optional part of Stillroom is not installed.",
     "terms-missing": "A file of terms cannot be read or written, or a record asked for is not there.",
     "terms-invalid": "A file of terms records is not what was expected.",
@@ -84,6 +87,7 @@ CODES: dict[str, str] = {
     "obligations-unmet": "Something that the student must carry when it is given away is not there.",
     "endpoint-invalid": "The URL or name of an endpoint cannot be used.",
     "request-invalid": "A request body says the same thing twice, or asks for what is not read.",
+    "logprobs-corrupt": "A file of log-probabilities cannot be read or does not match its checksums.",
     "interrupted": "The run was interrupted and can be resumed.",
 }
 

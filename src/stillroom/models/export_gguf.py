@@ -36,27 +36,27 @@ _INSIDE = {
 _LAYERS = "model.layers."
 
 
-def export_gguf(directory: Path, file: Path, *, dtype: Literal["f32", "f16"] = "f32") -> None:
+def export_gguf(directory: Path, file: Path, *, quantize: Literal["f32", "f16"] = "f32") -> None:
     """Converts a Hugging Face directory to the GGUF file `file`, which appears complete or not at all.
 
     With f16 the matrices are rounded to half precision and the norms stay float32. Raises ModelError 'model-unsupported' for another
     architecture, scaled rotary positions, biases, or another kind of tokenizer; and whatever `describe` and `load_tokenizer` raise;
     StillroomError 'missing-extra' without the package `gguf`.
     """
-    gguf = load("gguf", extra="dev")
+    gguf = load("gguf", extra="export")
     description = describe(str(directory))
     config = _plain_llama(description)
     tokenizer = load_tokenizer(str(directory))
     partial = file.with_name(f".{file.name}.partial")
     writer = gguf.GGUFWriter(partial, "llama")
     try:
-        _write_shape(writer, config, description, gguf.LlamaFileType.MOSTLY_F16 if dtype == "f16" else gguf.LlamaFileType.ALL_F32)
+        _write_shape(writer, config, description, gguf.LlamaFileType.MOSTLY_F16 if quantize == "f16" else gguf.LlamaFileType.ALL_F32)
         _write_tokenizer(writer, tokenizer, config.vocab_size, gguf.TokenType)
         for path in description.weight_files:
             for name, tensor in load_file(path).items():
                 mapped = _named(name, description.shape.tied_embeddings)
                 if mapped is not None:
-                    writer.add_tensor(mapped, _laid_out(name, tensor, config, dtype))
+                    writer.add_tensor(mapped, _laid_out(name, tensor, config, quantize))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()

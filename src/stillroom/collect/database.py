@@ -26,10 +26,12 @@ Work: TypeAlias = Callable[[sqlite3.Connection], T]
 
 APPLICATION_ID = 0x53744C52
 SCHEMA_VERSION = 1
+_MAGIC = b"SQLite format 3\x00"
 _SYNCHRONOUS = "FULL"
 _TOGETHER = 50
 _TOGETHER_SECONDS = 0.020
 _WAL_BYTES = 64 << 20
+_CACHE_KIB = 32 << 10
 
 SCHEMA = """
 CREATE TABLE facts (kind TEXT NOT NULL, subject TEXT NOT NULL, value TEXT NOT NULL, PRIMARY KEY (kind, subject)) STRICT, WITHOUT ROWID;
@@ -136,6 +138,7 @@ class StoreLock:
 
 def connect(path: Path, *, read_only: bool) -> sqlite3.Connection:
     """A connection to a request store, which is made where there is none (unless `read_only`). Raises 'request-store-other', and what is above."""
+    _require_sqlite(path)
     with errors_reported(path):
         mode = "ro" if read_only else "rwc"
         connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode={mode}", uri=True, isolation_level=None, check_same_thread=False, timeout=10.0)
@@ -146,6 +149,7 @@ def connect(path: Path, *, read_only: bool) -> sqlite3.Connection:
                 connection.execute("PRAGMA journal_mode = WAL")
                 connection.execute(f"PRAGMA synchronous = {_SYNCHRONOUS}")
                 connection.execute(f"PRAGMA journal_size_limit = {_WAL_BYTES}")
+                connection.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
                 _make_tables(connection)
         return connection
     except BaseException:
@@ -153,15 +157,21 @@ def connect(path: Path, *, read_only: bool) -> sqlite3.Connection:
         raise
 
 
-def _require_ours(connection: sqlite3.Connection, path: Path, read_only: bool) -> None:
+def _require_sqlite(path: Path) -> None:
+    """SQLite takes a file of a few bytes for an empty database, and writes over it."""
     try:
-        application, version, tables = (
-            connection.execute(text).fetchone()[0] for text in ("PRAGMA application_id", "PRAGMA user_version", "SELECT count(*) FROM sqlite_master")
-        )
-    except sqlite3.DatabaseError as error:
-        if getattr(error, "sqlite_errorname", "") != "SQLITE_NOTADB":
-            raise
-        raise _other(path, "is no SQLite database") from error
+        with path.open("rb") as file:
+            begin = file.read(len(_MAGIC))
+    except OSError:
+        return  # there is none, or SQLite says what is wrong with it
+    if begin not in (b"", _MAGIC):
+        raise _other(path, "is no SQLite database")
+
+
+def _require_ours(connection: sqlite3.Connection, path: Path, read_only: bool) -> None:
+    application, version, tables = (
+        connection.execute(text).fetchone()[0] for text in ("PRAGMA application_id", "PRAGMA user_version", "SELECT count(*) FROM sqlite_master")
+    )
     if application == 0 and version == 0 and tables == 0 and not read_only:
         return
     if application != APPLICATION_ID:

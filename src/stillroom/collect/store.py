@@ -225,15 +225,15 @@ class RequestStore:
         """
         total, source = Requested(), iter(rows)
         while chunk := list(islice(source, _ROWS_TOGETHER)):
-            prepared = [(row, bytes.fromhex(row.call.key), zlib.compress(row.call.content), _text_digest(row.call.body)) for row in chunk]
-            done = self._run(partial(self._request, prepared))
+            keys = [bytes.fromhex(row.call.key) for row in chunk]
+            done = self._run(partial(self._request, chunk, keys))
             total = Requested(new=total.new + done.new, hits=total.hits + done.hits, known=total.known + done.known)
         return total
 
-    def _request(self, prepared: Sequence[tuple[Row, bytes, bytes, bytes]], db: sqlite3.Connection) -> Requested:
+    def _request(self, chunk: Sequence[Row], keys: Sequence[bytes], db: sqlite3.Connection) -> Requested:
         new = hits = known = 0
-        for row, key, body, text in prepared:
-            call, state = self._add_call(db, row.call, key, body, text, wanted=True)
+        for row, key in zip(chunk, keys, strict=True):
+            call, state = self._add_call(db, row.call, key, wanted=True)
             made = db.execute("INSERT OR IGNORE INTO rows (row, prompt, call) VALUES (?, ?, ?)", (row.row, row.prompt, call)).rowcount
             if made:
                 new += 1
@@ -244,17 +244,17 @@ class RequestStore:
         merging.add_requested(db, new)
         return Requested(new=new, hits=hits, known=known)
 
-    def _add_call(self, db: sqlite3.Connection, call: Call, key: bytes, body: bytes, text: bytes, *, wanted: bool) -> tuple[int, str]:
+    def _add_call(self, db: sqlite3.Connection, call: Call, key: bytes, *, wanted: bool) -> tuple[int, str]:
         """The number and state of a call, which is added where it is not there."""
         found = db.execute("SELECT id, state, wanted FROM calls WHERE key = ?", (key,)).fetchone()
         if found is None:
             endpoint = self._endpoint(db, call.endpoint)
             number = db.execute(
                 "INSERT INTO calls (key, endpoint, sample, state, wanted, text) VALUES (?, ?, ?, 'pending', ?, ?)",
-                (key, endpoint, call.sample, wanted, text),
+                (key, endpoint, call.sample, wanted, _text_digest(call.body)),
             ).lastrowid
             assert number is not None
-            db.execute("INSERT INTO bodies VALUES (?, ?)", (number, body))
+            db.execute("INSERT INTO bodies VALUES (?, ?)", (number, zlib.compress(call.content)))
             return number, "pending"
         if wanted and not found[2]:
             db.execute("UPDATE calls SET wanted = 1 WHERE id = ?", (found[0],))
@@ -296,7 +296,7 @@ class RequestStore:
             found = db.execute("SELECT r.id, r.call, c.state FROM rows r JOIN calls c ON c.id = r.call WHERE r.row = ?", (row,)).fetchone()
             if found is None or found[2] not in ("answered", "failed"):
                 raise ValueError(f"row {row!r} is not there" if found is None else f"the call of row {row!r} is {found[2]}")
-            number, _ = self._add_call(db, call, bytes.fromhex(call.key), zlib.compress(call.content), _text_digest(call.body), wanted=True)
+            number, _ = self._add_call(db, call, bytes.fromhex(call.key), wanted=True)
             if number != found[1]:
                 db.execute("INSERT OR IGNORE INTO superseded VALUES (?, ?, ?)", (found[0], found[1], _clean(reason)))
                 db.execute("UPDATE rows SET call = ?, verdict = NULL, reason = NULL WHERE id = ?", (number, found[0]))
@@ -339,7 +339,7 @@ class RequestStore:
         key, content, began = bytes.fromhex(call.key), call.content, self._now_ms()
 
         def work(db: sqlite3.Connection) -> Reservation:
-            number, state = self._add_call(db, call, key, zlib.compress(content), _text_digest(call.body), wanted=False)
+            number, state = self._add_call(db, call, key, wanted=False)
             if state != "pending":
                 raise AssertionError(f"call {call.key} is {state}: it is not begun again")
             return self._reserve(db, call, number, len(content), began)
@@ -621,10 +621,26 @@ class RequestStore:
             last, read = found[-1][0], read + len(found)
         if read != self._rows_of("SELECT count(*) FROM calls")[0][0]:
             raise _corrupt(self.path, "a call has lost its body or its endpoint")
+        self._verify_costs()
         try:
             self.counts().require_conserved()
         except AssertionError as error:
             raise _corrupt(self.path, str(error)) from error
+
+    def _verify_costs(self) -> None:
+        """What attempts cost is what was counted, at the price of that day."""
+        prices = {name: _price(self.path, text) for name, text in self._rows_of("SELECT id, price FROM prices")}
+        last, columns = 0, ", ".join(_USAGE)
+        statement = f"SELECT id, cost_tokens, cost_money, price, {columns} FROM attempts WHERE state = 'settled' AND id > ? ORDER BY id LIMIT ?"
+        while found := self._rows_of(statement, (last, _ROWS_TOGETHER)):
+            for number, tokens, money, price, *counts in found:
+                try:
+                    right = cost(Usage(**dict(zip(_USAGE, counts, strict=True))), None if price is None else prices[price])
+                except (KeyError, TypeError, ValueError) as error:
+                    raise _corrupt(self.path, f"attempt {number} cannot have cost what it says: {error!r}") from error
+                if right != Amount(tokens, money):
+                    raise _corrupt(self.path, f"attempt {number} cost {right} and says {Amount(tokens, money)}")
+            last = found[-1][0]
 
     def _verify_call(self, key: bytes, sample: int, state: str, identity: str, body: bytes, answer: bytes | None, raw: bytes | None) -> None:
         call = Call(endpoint=self._endpoint_of(identity), body=self._unpack(body), sample=sample)
@@ -662,7 +678,7 @@ class RequestStore:
         Near are calls of the same rows' prompts and calls about the same text; else the last ones that were answered. None for a key that is not there,
         ValueError for one that is no hexadecimal number or begins several.
         """
-        asked = self._call_of_key(what) if isinstance(what, str) else what
+        asked = self._call_of_key(what) if isinstance(what, str) else replace(what, body=self._json(what.content))
         if asked is None:
             return None
         known = self._rows_of("SELECT id, state, reason, attempts FROM calls WHERE key = ?", (bytes.fromhex(asked.key),))
@@ -727,7 +743,10 @@ class RequestStore:
             # `rowid` is the primary key where that is an integer.
             while taken := other._rows_of(f"SELECT rowid FROM {table} WHERE rowid > ? ORDER BY rowid LIMIT ?", (last, _ROWS_TOGETHER)):
                 read = partial(other._rows_of, values=(last, taken[-1][0]))
-                merged = merged + self._run(partial(step, read))
+                try:
+                    merged = merged + self._run(partial(step, read))
+                except (zlib.error, json.JSONDecodeError) as error:
+                    raise _corrupt(other.path, f"or {self.path}: an answer cannot be read: {error}") from error
                 last = taken[-1][0]
         self._run(self._recount)
         return merged

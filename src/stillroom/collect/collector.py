@@ -13,13 +13,15 @@ import heapq
 import itertools
 import math
 import multiprocessing
+import os
 import random
+import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor
 from dataclasses import dataclass
+from types import ModuleType
 from typing import TypeAlias
 
 from stillroom.collect.logprobs import Demoted, Expectations, TokenIndex, verify
@@ -81,15 +83,18 @@ class Reader:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    """How patient a collection is. Bodies larger than `inline_bytes` are read in one of `decoders` processes (0: all in the event loop)."""
+    """How patient a collection is. Bodies larger than `inline_bytes` are read in one of `decoders` processes (0: all in the event loop).
+
+    Threads would not do: a body is parsed in one go that holds the interpreter's lock.
+    """
 
     timeout_seconds: float = 600.0
     attempts: int = 8
     first_wait_seconds: float = 0.5
     longest_wait_seconds: float = 60.0
     drain_seconds: float = 60.0
-    decoders: int = 1
-    inline_bytes: int = 128 << 10
+    decoders: int = max(1, min(4, (os.cpu_count() or 1) - 1))
+    inline_bytes: int = 16 << 10
     progress_seconds: float = 5.0
 
 
@@ -138,7 +143,7 @@ class Collector:
         self._policy = policy or Policy()
         self._stop, self._progress, self._jitter = stop, progress, jitter or random.Random()
         self._headers = request_headers()
-        self._executor: Executor | None = None
+        self._decoders: list[Executor] = []
         self._page: deque[PendingCall] = deque()
         self._position = 0
         self._ready: deque[_Try] = deque()
@@ -158,12 +163,13 @@ class Collector:
         """
         reporting = asyncio.create_task(self._report()) if self._progress is not None else None
         try:
-            with self._decoders():
-                try:
-                    await self._dispatch()
-                finally:
-                    await self._drain()
+            try:
+                await self._dispatch()
+            finally:
+                await self._drain()
         finally:
+            for decoder in self._decoders:
+                decoder.shutdown()
             if reporting is not None:
                 reporting.cancel()
             self._store.remember("rates", self._endpoint, self._controller.to_json())
@@ -302,11 +308,16 @@ class Collector:
             self._answered += 1
 
     async def _parsed(self, call: Call, response: Response) -> Parsed:
-        if self._executor is None or len(response.body) <= self._policy.inline_bytes:
+        if not self._policy.decoders or len(response.body) <= self._policy.inline_bytes:
             return self._parse(call, response)
-        # A plain Call: what a subclass carries is of no use to a reader.
-        plain = Call(endpoint=call.endpoint, body=call.body, sample=call.sample)
-        return await asyncio.get_running_loop().run_in_executor(self._executor, self._parse, plain, response)
+        if not self._decoders:
+            self._decoders = [_decoder() for _ in range(self._policy.decoders)]
+        decoder = self._decoders[next(self._order) % len(self._decoders)]
+        plain = Call(endpoint=call.endpoint, body=call.body, sample=call.sample)  # without what a subclass and its caches carry
+        try:
+            return await asyncio.get_running_loop().run_in_executor(decoder, self._parse, plain, response)
+        except BrokenExecutor:  # killed, perhaps for memory: what was paid for is read here
+            return self._parse(call, response)
 
     async def _without_answer(self, trying: _Try, failure: Failure) -> None:
         if failure.reason in STOPS:
@@ -342,16 +353,6 @@ class Collector:
 
     # -- beside --------------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def _decoders(self) -> Iterator[None]:
-        if not self._policy.decoders:
-            yield
-            return
-        # Started with the first large body. Not forked: this process has threads.
-        with ProcessPoolExecutor(self._policy.decoders, mp_context=multiprocessing.get_context("spawn")) as self._executor:
-            yield
-        self._executor = None
-
     async def _report(self) -> None:
         assert self._progress is not None
         before, at = 0, time.monotonic()
@@ -370,6 +371,18 @@ class Collector:
                     spend=spend,
                 )
             )
+
+
+def _decoder() -> Executor:
+    """A process that reads responses. Not forked, for this process has threads; and it does not import the caller's script, which need not expect that."""
+    executor = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        executor.submit(int)  # starts it
+    finally:
+        sys.modules["__main__"] = main
+    return executor
 
 
 def _signal(outcome: Outcome) -> Signal:

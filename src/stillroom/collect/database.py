@@ -146,6 +146,7 @@ def connect(path: Path, *, read_only: bool) -> sqlite3.Connection:
         with errors_reported(path):
             _require_ours(connection, path, read_only)
             if not read_only:
+                connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # heeded only before there is a table
                 connection.execute("PRAGMA journal_mode = WAL")
                 connection.execute(f"PRAGMA synchronous = {_SYNCHRONOUS}")
                 connection.execute(f"PRAGMA journal_size_limit = {_WAL_BYTES}")

@@ -22,6 +22,7 @@ import threading
 import uuid
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -185,8 +186,9 @@ class RequestStore:
         """Writes what waits to be written, and lets go of the file. Attempts that are still under way become unanswered."""
         if self._writer is not None:
             self._writer.close()
-            with errors_reported(self.path):
+            with suppress(sqlite3.Error):  # a full disk: the next one to open the store does this first
                 _make_open_unanswered(self._connections[-1], self._now_ms())
+                self._connections[-1].execute("PRAGMA incremental_vacuum").fetchall()  # what waited for its shard has gone
         for connection in self._connections:
             connection.close()
         if self._lock is not None:

@@ -865,6 +865,15 @@ def test_log_probabilities_wait_until_their_shard_is_there(store: RequestStore) 
     assert [(one.logprobs, one.demoted) for one in store.rows()] == [(("a.parquet", 1), None), (("a.parquet", 0), None), (None, "mass"), (None, None)]
 
 
+def test_what_waited_for_its_shard_takes_no_room_in_the_end(store: RequestStore) -> None:
+    store.request(rows(20))
+    for one in store.pending(20):
+        run(buy(store, one, packed=os.urandom(60_000)))
+    store.shelve("a.parquet", [key for key, _ in store.unshelved(20)])
+    store.close()
+    assert store.path.stat().st_size < 200_000
+
+
 def test_facts_are_kept_for_each_endpoint(store: RequestStore) -> None:
     assert store.recall("rates", ENDPOINT) is None
     store.remember("rates", ENDPOINT, {"in_flight": 3})

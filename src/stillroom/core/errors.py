@@ -9,6 +9,9 @@
     |- LedgerError                           a ledger that does not verify
     |- RunError                              the run directory: locked, of another recipe, out of order
     |- ResourceError                         disk or memory that does not suffice
+    |- SpendError                            prices and caps of what is bought from an endpoint
+    |- SpendCapReached                       the next call could go over a cap
+    |- RequestStoreError                     requests on disk: corrupt, in use, of something else
     |- DivergedError                         the loss became NaN or infinite
     |- CollectError                          endpoints, requests to them, and what they answer
     |- EntitlementError                      terms records, confirmations and authorisations that cannot be used
@@ -62,6 +65,16 @@ CODES: dict[str, str] = {
     "parallel-unavailable": "The processes that were started cannot train together in the way asked for.",
     "process-lost": "Another process of the run ended before its time.",
     "processes-differ": "The processes of a run do not start from the same state.",
+    "prices-invalid": "A file of prices is not what was expected.",
+    "price-unknown": "A cap in money was set for a model whose price is not known.",
+    "spend-cap-missing": "Nothing bounds what may be spent.",
+    "spend-cap-invalid": "A cap is not an amount that can be kept to.",
+    "spend-cap-reached": "What the next call may cost does not fit under the cap.",
+    "call-unbounded": "A call sets no limit on what it can cost.",
+    "request-store-corrupt": "The request store cannot be read, or does not match itself.",
+    "request-store-other": "The file is not a request store that this version can use.",
+    "request-store-locked": "Another process is using the request store.",
+    "request-conflict": "A row was requested before with another call.",
     "diverged": "The loss became NaN or infinite.",
     "endpoint-settings": "The settings of the fake endpoint are not what was expected.",
     "server-failed": "A server for a student could not be started, or ended by itself.",
@@ -74,6 +87,8 @@ CODES: dict[str, str] = {
     "obligations-unmet": "Something that the student must carry when it is given away is not there.",
     "endpoint-invalid": "The URL or name of an endpoint cannot be used.",
     "request-invalid": "A request body says the same thing twice, or asks for what is not read.",
+    "key-unusable": "The endpoint's key is not where it was said to be, or cannot be sent.",
+    "endpoint-refuses": "The endpoint cannot be reached, or answers nobody with this key, model or quota.",
     "logprobs-corrupt": "A file of log-probabilities cannot be read or does not match its checksums.",
     "probe-invalid": "A probe's report cannot be read by this version.",
     "interrupted": "The run was interrupted and can be resumed.",
@@ -136,6 +151,25 @@ class RunError(StillroomError):
 
 class ResourceError(StillroomError):
     """Disk or memory that does not suffice."""
+
+
+class SpendError(StillroomError):
+    """Prices and caps of what is bought from an endpoint."""
+
+
+class SpendCapReached(StillroomError):
+    """The next call could go over a cap. What was bought is kept; with a higher cap, collection goes on.
+
+    `may_fit_later`: calls that are under way reserve so much that the call could fit when they are settled.
+    """
+
+    def __init__(self, code: str, *, may_fit_later: bool, found: str, expected: str = "", why: str = "", do: str) -> None:
+        self.may_fit_later = may_fit_later
+        super().__init__(code, found=found, expected=expected, why=why, do=do)
+
+
+class RequestStoreError(StillroomError):
+    """Requests on disk: corrupt, in use, of something else."""
 
 
 class DivergedError(StillroomError):

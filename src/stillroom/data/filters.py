@@ -84,20 +84,22 @@ _QUOTES = "\"'“”‘’«»„「」『』`>*"
 
 # What may stand before "I cannot" in the same sentence; taken off from the front, one after the other, in any order.
 _HEDGE = re.compile(
-    r"(?:i(?:'m| am)? (?:(?:very|truly|really|so|deeply|terribly) )?(?:sorry|apologi[sz]e|afraid|regret)(?: (?:but|that|to say|to inform you that))?"
+    r"(?:(?:i'm |i am )?(?:really |very |so |truly |deeply )?sorry (?:that|to hear)[^.!?;]{0,120}?(?=,? ?\bbut\b)|i(?:'m| am)? (?:(?:very|truly|really|so|deeply|terribly) )?(?:sorry|apologi[sz]e|afraid|regret)(?: (?:but|that|to say|to inform you that))?"
     r"|(?:my|sincere) apologies|apologies|sorry(?: about that| for (?:any|the) inconvenience)?|unfortunately|regrettably|regretfully|however|but|no|"
     r"(?:thank you|thanks) for (?:asking|your (?:question|request|message|understanding|interest|patience)|reaching out|sharing that)"
     r"|i (?:understand|appreciate|see|know|realise|realize|hear)[^.!?;]{0,160}?(?=,? ?(?:\bbut\b|\bhowever\b))"
     r"|as an? (?:[\w-]+ ){0,4}(?:ai|assistant|model|chatbot)|as a (?:matter of policy|result)|at this time|in this case|for (?:safety|ethical|legal) reasons"
     r"|hello|hi|hi there|well|please note that|i must (?:inform|tell) you that|that said|to be clear|with respect"
+    r"|hmm+|um"
+    r"|como (?:un |una )?(?:ia|inteligencia artificial|modelo de lenguaje|asistente)[^,.]{0,40},|en tant qu[e'][^,.]{0,40},"
     r"|leider|es tut mir (?:sehr )?leid|tut mir leid|entschuldigung|aber|je suis (?:vraiment )?désolée?|désolée?|malheureusement|mais|je regrette"
     r"|lo siento(?: mucho)?|lamentablemente|desafortunadamente|pero|disculpa|perdón|很抱歉|抱歉|对不起|非常抱歉|不好意思|但是?|作为(?:一个|一名|一款)?[^，,]{0,20}[，,])"
     r"[\s,;:.，、—–-]{0,4}",
 )
 
 _DO = (
-    r"(?:help|assist|support|provid|comply|compl|do (?:that|this|so|it)\b|fulfil|answer|respond|creat|writ|generat|produc|discuss|share|engag|continu|giv|offer|"
-    r"participat|facilitat|accommodat|proceed|recommend|advise|explain how|tell you how|show you how|teach you|encourag|promot|condone|endorse|disclose|reveal|"
+    r"(?:help|assist|support|provid|comply|compl|do (?:that|this|so|it)\b(?! on| in| at| if| when)|fulfil|answer|respond|creat|writ|generat|produc|discuss|share|engag|continu|giv|offer (?:advice|help|guidance|instructions|support|information)|"
+    r"participat|facilitat|accommodat|proceed|recommend (?:a|any|specific|that|doing)\b|advise|explain how|tell you how|show you how|teach you|encourag|promot|condone|endorse|disclose|reveal|"
     r"translat|describ|carry out|perform|process|satisfy|grant|agree to|go along|take part|be part|be involved|say that|talk about|speak (?:to|about|on)|"
     r"access|browse|open (?:links|urls|files|attachments)|view|see (?:images|pictures|photos)|predict|diagnos|make (?:that|this|a|any)|allow|draft|compose|list|"
     r"roleplay|role-play|pretend|act as|impersonat|in good conscience|ethically|legally|responsibly)"
@@ -106,18 +108,25 @@ _BY = r"(?:\w+ly |also |directly |in good conscience |under any circumstances |p
 _REFUSALS = tuple(
     re.compile(pattern)
     for pattern in (
-        rf"(?:i|we) (?:can ?not|can't|cant|could not|couldn't|will not|won't|must not|am not going to|do not|don't|shall not|would not) {_BY}{_DO}(?!\w* but )",
-        rf"(?:i'm|i am|we are|we're) (?:not (?:able|allowed|permitted|comfortable|willing|authori[sz]ed|in a position|going|programmed|designed|capable|here)"
+        rf"(?:i|we) (?:can ?not|can't|cant|could not|couldn't|will not|won't|must not|am not going to|shall not|would not|can neither|am just not able to) {_BY}{_DO}(?!\w* but )",
+        r"i (?:do not|don't) (?:provide|engage|participate|assist|help with|support (?:violence|harm|hate|illegal)|generate|discuss|share|comment on)",
+        r"i(?:'d| would) (?:rather|prefer) not (?:to )?(?:write|say|answer|discuss|do|share|help|go|comment)",
+        r"(?:my|our|the) (?:guidelines|policies|policy|principles|rules|programming|safety guidelines)(?: \w+)? (?:prevent|prohibit|forbid|do not allow|don't allow|do not permit|restrict)",
+        rf"(?:i'm|i am|we are|we're) (?:just |simply |sorry, )?(?:not (?:able|allowed|permitted|comfortable|willing|authori[sz]ed|in a position|going|programmed|designed|capable|here)"
         rf"|unable|prohibited from|prevented from|restricted from)(?: to| of| with)? {_BY}{_DO}",
-        r"(?:i|we) (?:must|have to|need to|am going to have to|'ll have to|will have to|respectfully|would have to) (?:respectfully |politely )?(?:decline|refuse|pass on|say no)",
+        r"(?:i|we) ?(?:must|have to|need to|'m going to have to|am going to have to|'ll have to|will have to|respectfully|would have to) (?:respectfully |politely )?"
+        r"(?:decline|refuse|pass on|say no)(?! the noun| the verb)",
         r"(?:i|we) (?:respectfully |politely )?(?:decline|refuse) to ",
         r"i (?:don't|do not) (?:feel comfortable|have the (?:ability|capability|authority)|have access to|engage in|participate in|support|condone)",
         r"(?:that|this|it)(?:'s| is| would be)? (?:request )?(?:is )?(?:not something (?:i|we)(?: can|'m able| am able)|something (?:i|we) (?:can't|cannot|won't|will not))",
-        r"(?:your|this|that|the) (?:request|prompt|question) (?:violates|goes against|is against|conflicts with|cannot be (?:fulfilled|completed|processed))",
-        r"(?:it (?:is|would be) (?:against|not (?:appropriate|ethical|legal) (?:for me|to (?:provide|help|assist))))",
+        r"(?:your|this|that|the) (?:request|prompt|question) (?:violates|goes against|is against|conflicts with|(?:cannot|can't) be (?:fulfilled|answered|completed|processed))",
+        r"(?:it (?:is|would be|would not be|wouldn't be) (?:against (?:my|our|the law|policy)|(?:not )?(?:appropriate|ethical|legal) (?:for me|to (?:provide|help|assist))))",
         r"(?:providing|creating|writing|sharing|generating|assisting)[^.!?]{0,80} (?:goes against|violates|is against|would violate|would be against) (?:my|our|the)",
         r"(?:ich|wir) (?:kann|können|darf|werde|möchte)\b[^.!?]{0,120}?\b(?:nicht|keine?[nrms]?)\b[^.!?]{0,80}?\b(?:helfen|unterstützen|beantworten|bereitstellen|"
         r"erstellen|geben|weiterhelfen|schreiben|anbieten|liefern|verfassen|erfüllen|nachkommen|tun|behilflich)",
+        r"(?:ich|wir) (?:kann|können|darf|werde) (?:auf )?(?:diese|dieser|ihre|deine|solche|dieses|diesen)\w* [\w ]{1,40} (?:leider )?nicht ",
+        r"(?:kann|darf|können|dürfen) (?:ich|wir)\b[^.!?]{0,60}\b(?:nicht|keine?[nrms]?)\b[^.!?]{0,60}\b(?:helfen|unterstützen|beantworten|bereitstellen|erstellen|geben|"
+        r"weiterhelfen|schreiben|anbieten|liefern|verfassen|erfüllen|nachkommen|tun)",
         r"(?:das|dabei|damit|hierbei|dazu)(?: [\w ]{1,30})? (?:kann|darf|werde) ich (?:\w+ ){0,3}(?:nicht|keine)",
         r"(?:je|nous) ne (?:peux|puis|pouvons|suis|vais)\s?(?:pas|malheureusement pas)?\s?(?:pas )?(?:en mesure de |capable de |autorisée? à |vous )*(?:aider|répondre|fournir|"
         r"assister|créer|écrire|donner|satisfaire|accéder|produire|générer|partager|discuter|faire (?:cela|ça)|rédiger|accepter|expliquer|traiter)",
@@ -126,6 +135,7 @@ _REFUSALS = tuple(
         r"(?:我|我们|本人)?(?:无法|不能|不可以|没有办法|没办法|不便|不会|拒绝)(?:为您|为你|向您|向你|给您|给你|直接|继续)?(?:提供|回答|协助|帮助|满足|完成|生成|创建|编写|撰写|讨论|处理|支持|参与|告诉|执行|答复|给出|描述)",
     )
 )
+_LETTER = re.compile(r"^(?:dear|sehr geehrte|liebe|cher|chère|estimad[oa]|querid[oa]) ")
 _TURNS = re.compile(
     r"\b(?:here(?:'s| is| are)|but i can (?:tell|explain|give|show|say|offer|suggest you|help you (?:by|with))|the following|in general|generally|"
     r"hier ist|voici|aquí (?:tienes|está))\b|(?:^|\n)(?:```|1\.|- |\* )"
@@ -137,7 +147,7 @@ class Refusal:
     """Drops answers that decline to answer: in one of the first sentences the answer itself says that it will not, or cannot, do what was asked.
 
     English, German, French, Spanish and Chinese. An answer that quotes a refusal or is about one is kept, and so is one that goes on to answer: that
-    has more than `longest_characters`, or turns to its matter after a reservation ("here is", a list, code).
+    has more than `longest_characters`, or turns to its matter after a reservation ("here is", a list, code). A letter (Dear ...) is kept.
     """
 
     name: ClassVar[str] = "refusal"
@@ -151,7 +161,7 @@ class Refusal:
         if len(text) > self.longest_characters:
             return None
         plain = _plain_apostrophes(text.lower())
-        if _TURNS.search(plain):
+        if _TURNS.search(plain) or _LETTER.match(plain):
             return None
         for sentence in _opening(plain):
             if sentence[0] not in _QUOTES and _refuses(sentence):
@@ -212,7 +222,7 @@ _LEAKS = tuple(
     for pattern in (
         rf"{_BEFORE}(?:i'm|i am|my name is|you can call me|you're (?:talking|chatting) (?:to|with)|this is) (?:actually |just |called |an? (?:version|instance) of )?(?:\w+'s )?{_ASSISTANT}(?![\w'])",
         rf"{_BEFORE}as (?:chatgpt|claude|gemini|bard|copilot|deepseek)\b(?:,| i )",
-        rf"{_BEFORE}as an? (?:[\w-]+ ){{0,3}}(?:ai|a\.i\.|artificial intelligence)(?:[- ](?:language|chat|based|powered|text))*(?:[- ](?:model|assistant|chatbot|program|system|bot))?"
+        rf"{_BEFORE}(?:as|being) an? (?:[\w-]+ ){{0,3}}(?:ai|a\.i\.|artificial intelligence)(?:[- ](?:language|chat|based|powered|text))*(?:[- ](?:model|assistant|chatbot|program|system|bot))?"
         r"(?:,| (?:i|my|myself)\b| (?:[\w-]+ ){1,6}by )",
         rf"{_BEFORE}as an? (?:[\w-]+ ){{0,2}}language model(?:,| (?:i|my)\b| (?:[\w-]+ ){{1,4}}by )",
         rf"{_BEFORE}(?:i'm|i am) (?:just |only |merely |simply |actually )?an? (?:[\w-]+ ){{0,3}}(?:language model|ai(?: (?:language model|assistant|model|chatbot|program|system))?|"

@@ -17,9 +17,10 @@ from stillroom.core.errors import StillroomError
 from stillroom.core.launch import EndedElsewhere, launched
 
 if TYPE_CHECKING:
-    from stillroom.cli import commands
+    from stillroom.cli import commands, importing
 else:
     commands = Later("stillroom.cli.commands")
+    importing = Later("stillroom.cli.importing")
 
 
 def _typer() -> typer.Typer:
@@ -117,6 +118,23 @@ def publish(
     """Write what the student must carry when it is given away (model card, NOTICE, licences), and check that all of it is there."""
     if not commands.publish(directory, recipe, check):
         raise typer.Exit(2)
+
+
+@app.command("import")
+def import_(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE", help="A .jsonl or .parquet file of stored completions, fine-tuning conversations, or pairs of prompt and answer."
+        ),
+    ],
+    to: Annotated[Path, typer.Option("--to", help="Where to write the prompts with their answers, as JSON lines.")],
+    rejected: Annotated[
+        Path | None, typer.Option("--rejected", help="Where to write the rows that could not be used: row, reason, evidence.")
+    ] = None,
+) -> None:
+    """Turn answers that are there already into prompts with answers, for a recipe with prompts.answers: given."""
+    importing.import_(file, to, rejected)
 
 
 app.add_typer(terms)

@@ -12,13 +12,16 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 from stillroom.core.hashing import canonical_json, sha256_hex
 from stillroom.core.identities import Json
 from stillroom.data.curation import Drop, Finding, Row, Sifted, sift_each
 from stillroom.data.prompts import Prompt
 from stillroom.data.words import digest, grams, identity, shortened, words
+
+# Whether it is a long run, and its words.
+_Run: TypeAlias = tuple[bool, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,8 +81,9 @@ class Decontamination:
 
     def sift(self, rows: Sequence[Row]) -> Sifted:
         index = self._index
-        common = self._common_to_rows(rows, index)
-        return sift_each(self.name, rows, lambda row: self._judge(row, index, common))
+        runs = {row.key: found for row in rows if (found := tuple(self._runs(row, index)))}  # of few rows: most have nothing in common with an item
+        common = self._common_to_rows(rows, runs)
+        return sift_each(self.name, rows, lambda row: self._judge(row, runs.get(row.key, ()), index, common))
 
     def coverage(self) -> tuple[Coverage, ...]:
         """For each split, in order of name, how many items can be found by what."""
@@ -95,8 +99,8 @@ class Decontamination:
     @cached_property
     def _index(self) -> _Index:
         by_prompt: dict[bytes, list[int]] = defaultdict(list)
-        long: dict[bytes, list[int]] = defaultdict(list)
-        short: dict[bytes, list[int]] = defaultdict(list)
+        long: dict[str, list[int]] = defaultdict(list)
+        short: dict[str, list[int]] = defaultdict(list)
         first: dict[bytes, int] = {}
         for number, item in enumerate(self.items):
             whole = digest(identity(item.prompt))
@@ -104,11 +108,11 @@ class Decontamination:
             if first.setdefault(whole, number) == number:  # an item that stands in two splits is one when runs are counted
                 for holders, length in ((long, self.long_words), (short, self.short_words)):
                     for gram in set(grams(words(item.prompt), length)):
-                        holders[digest(gram)].append(number)
+                        holders[gram].append(number)
         sizes: Counter[int] = Counter()
         for holders in (long, short):
-            for gram_digest in [gram for gram, numbers in holders.items() if len(numbers) > self.boilerplate_items]:
-                del holders[gram_digest]
+            for gram in [gram for gram, numbers in holders.items() if len(numbers) > self.boilerplate_items]:
+                del holders[gram]
         for numbers in short.values():
             sizes.update(numbers)
         twins = {number: tuple(by_prompt[digest(identity(self.items[number].prompt))]) for number in first.values()}
@@ -118,43 +122,39 @@ class Decontamination:
 
     # --- the rows -------------------------------------------------------------------------------------------------------------------------
 
-    def _common_to_rows(self, rows: Iterable[Row], index: _Index) -> frozenset[bytes]:
-        """Runs of an item's words that more than `boilerplate_rows` rows with different prompts have."""
-        counts: Counter[bytes] = Counter()
-        seen: set[bytes] = set()
-        for row in rows:
-            prompt = digest(identity(_asked(row.prompt)))
-            if prompt in seen:
-                continue
-            seen.add(prompt)
-            counts.update({gram: 1 for _, _, gram in self._runs(row, index)})
-        return frozenset(gram for gram, count in counts.items() if count > self.boilerplate_rows)
-
-    def _runs(self, row: Row, index: _Index) -> Iterable[tuple[bool, str, bytes]]:
-        """The runs of words of a row that are an item's: whether it is a long one, the run, its digest."""
+    def _runs(self, row: Row, index: _Index) -> Iterable[_Run]:
+        """The runs of words of a row that are an item's."""
         for text in (*_texts(row.prompt), row.answer):
             said = words(text)
             for is_long, length, holders in ((True, self.long_words, index.long), (False, self.short_words, index.short)):
-                if not holders:
-                    continue
-                for gram in grams(said, length):
-                    if (found := digest(gram)) in holders:
-                        yield is_long, gram, found
+                if holders:
+                    yield from ((is_long, gram) for gram in grams(said, length) if gram in holders)
 
-    def _judge(self, row: Row, index: _Index, common: frozenset[bytes]) -> Finding | None:
+    def _common_to_rows(self, rows: Iterable[Row], runs: Mapping[str, Sequence[_Run]]) -> frozenset[_Run]:
+        """Runs of an item's words that more than `boilerplate_rows` rows with different prompts have."""
+        counts: Counter[_Run] = Counter()
+        seen: set[bytes] = set()
+        for row in rows:
+            if row.key in runs and (prompt := digest(identity(_asked(row.prompt)))) not in seen:
+                seen.add(prompt)
+                counts.update(set(runs[row.key]))
+        return frozenset(run for run, count in counts.items() if count > self.boilerplate_rows)
+
+    def _judge(self, row: Row, runs: Sequence[_Run], index: _Index, common: frozenset[_Run]) -> Finding | None:
         if same := index.by_prompt.get(digest(identity(_asked(row.prompt)))):
-            return self._finding("the prompt of", {number: shortened(_asked(row.prompt)) for number in same}, index)
+            return self._finding("the prompt of", dict.fromkeys(same, shortened(_asked(row.prompt))), index)
         hit: dict[int, str] = {}
-        parts: dict[int, dict[bytes, str]] = defaultdict(dict)
-        for is_long, gram, found in self._runs(row, index):
-            for number in index.long[found] if is_long else index.short[found]:
+        parts: dict[int, set[str]] = defaultdict(set)
+        for run in runs:
+            is_long, gram = run
+            for number in index.long[gram] if is_long else index.short[gram]:
                 if not is_long:
-                    parts[number][found] = gram
-                elif found not in common:
+                    parts[number].add(gram)
+                elif run not in common:
                     hit.setdefault(number, shortened(gram, 160))
         if hit:
             return self._finding(f"{self.long_words} words of", hit, index)
-        shares = {number: next(iter(runs.values())) for number, runs in parts.items() if len(runs) >= self.share * index.sizes[number]}
+        shares = {number: min(found) for number, found in parts.items() if len(found) >= self.share * index.sizes[number]}
         return self._finding(f"{self.share:.0%} or more of the runs of {self.short_words} words of", shares, index) if shares else None
 
     def _finding(self, what: str, evidence: Mapping[int, str], index: _Index) -> Finding:
@@ -168,8 +168,8 @@ class _Index:
     """Which items (by their place) have a prompt or a run of words, boilerplate left out; `sizes` counts an item's short runs that are left."""
 
     by_prompt: Mapping[bytes, list[int]]
-    long: Mapping[bytes, list[int]]
-    short: Mapping[bytes, list[int]]
+    long: Mapping[str, list[int]]
+    short: Mapping[str, list[int]]
     sizes: Counter[int]
     twins: Mapping[int, tuple[int, ...]]
 

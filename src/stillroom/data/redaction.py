@@ -107,7 +107,7 @@ def _card_from(text: str, groups: list[Span], first: int) -> int | None:
     digits, best = "", None
     for last in range(first, min(first + 19, len(groups))):
         begin, end = groups[last]
-        if len(digits) + end - begin > 19:
+        if len(digits) + end - begin > 19 or end - begin < 3:  # cards are printed in groups of three to six digits
             break
         digits += text[begin:end]
         if len(digits) >= 13 and _is_card(digits):
@@ -264,7 +264,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         kind="GITHUB_TOKEN",
         find=_shape(rf"{_ALONE}(?:gh[pousr]_[A-Za-z0-9]{{36,}}+|github_pat_[A-Za-z0-9_]{{22,}}+|glpat-[A-Za-z0-9_-]{{20,}}+)"),
-        hints=("gh", "glpat-"),
+        hints=("ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_", "glpat-"),
     ),
     Rule(
         kind="SLACK_TOKEN",
@@ -291,7 +291,11 @@ RULES: tuple[Rule, ...] = (
             _is_phone,
         ),
     ),
-    Rule(kind="IP", find=_shape(r"(?<![\w.-])(?<![vV] )(?:[0-9]{1,3}\.){3}[0-9]{1,3}(?![\w-]|\.[0-9])", _is_public_looking), hints=(".",)),
+    Rule(
+        kind="IP",
+        find=_shape(r"(?<![\w.-])(?<![vV] )(?<![vV]ersion )(?:[0-9]{1,3}\.){3}[0-9]{1,3}(?![\w-]|\.[0-9])", _is_public_looking),
+        hints=(".",),
+    ),
     Rule(kind="IP", find=_shape(r"(?<![\w:.])[0-9A-Fa-f:]{6,45}+(?![\w:])", lambda text: ":" in text and _is_ipv6(text)), hints=(":",)),
 )
 

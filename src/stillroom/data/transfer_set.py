@@ -43,7 +43,7 @@ DropReason: TypeAlias = Literal[
 ]
 DROP_REASONS: dict[DropReason, str] = {
     "too-long": "prompt and answer are longer than the student's context",
-    "truncated": "the answer was cut off",
+    "truncated": "the answer was cut off at max_new_tokens",
     "unterminated-reasoning": "the answer opens a reasoning block and never closes it",
     "empty-answer": "the teacher answered nothing",
     "refusal": "the teacher declined to answer",

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from stillroom.data import Prompt
 from stillroom.data.curation import Row
-from stillroom.data.duplicates import ExactDuplicates, NearDuplicates
+from stillroom.data.duplicates import ExactDuplicates, NearDuplicates, _banding
 from stillroom.data.words import grams, identity, normalised, words
 
 WORDS = [f"word{n}" for n in range(5000)]
@@ -92,6 +92,12 @@ def test_what_is_dropped_is_that_close_to_an_earlier_row_that_was_kept(answers: 
     assert found == step.sift(rows)
     equal = {identity(answer) for answer in answers}
     assert len(found.kept) <= len(equal)
+
+
+def test_what_is_missed_is_what_the_docstring_says() -> None:
+    bands, length = _banding(0.8, 128)
+    assert (bands, length) == (14, 9)
+    assert [round((1 - index**length) ** bands, 3) for index in (0.8, 0.85, 0.9)] == [0.133, 0.025, 0.001]
 
 
 def test_no_rows_and_one_row() -> None:

@@ -68,8 +68,9 @@ def _exact(text: str) -> str:
 class NearDuplicates:
     """Drops rows that are nearly an earlier row that was kept: the Jaccard index of their sets of `shingle_words` words in a row is >= `threshold`.
 
-    A row that is dropped is always that close to the row it names. A row that is that close may be missed: with the default settings fewer than one
-    in twenty at the threshold, and rarely above it; and where more than a few rows share most of their text, a row is compared with 48 of them.
+    A row that is dropped is always that close to the row it names. A row that is that close may be missed, with probability (1 - j**r)**b for an index
+    of j, b bands and r values in each (14 and 9 by default): 13 % at 0.8, 2.5 % at 0.85, 0.1 % at 0.9. And where more than a few rows share most of
+    their text, a row is compared with at most 48 of them.
     """
 
     name: ClassVar[str] = "near-duplicates"

@@ -148,6 +148,10 @@ def test_the_guide_to_ones_own_trainer_can_be_followed(tmp_path: Path) -> None:
     _perform(DOCS / "guides" / "use-your-own-trainer.md", tmp_path)
 
 
+def test_the_guide_to_cleaning_can_be_followed(tmp_path: Path) -> None:
+    _perform(DOCS / "guides" / "clean-what-a-teacher-wrote.md", tmp_path)
+
+
 def test_the_guide_to_several_devices_can_be_followed(tmp_path: Path) -> None:
     _perform(DOCS / "guides" / "train-on-several-devices.md", tmp_path)
     undocumented = _undocumented(tmp_path / "runs" / "two")

@@ -17,9 +17,10 @@ from stillroom.core.errors import StillroomError
 from stillroom.core.launch import EndedElsewhere, launched
 
 if TYPE_CHECKING:
-    from stillroom.cli import commands
+    from stillroom.cli import commands, importing
 else:
     commands = Later("stillroom.cli.commands")
+    importing = Later("stillroom.cli.importing")
 
 
 def _typer() -> typer.Typer:
@@ -158,6 +159,23 @@ def serve(
 ) -> None:
     """Serve a student behind an OpenAI-compatible address until Ctrl-C, and print a curl line that asks it."""
     commands.serve(student, port, context, parallel, threads, quantize, backend)
+
+
+@app.command("import")
+def import_(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE", help="A .jsonl or .parquet file of stored completions, fine-tuning conversations, or pairs of prompt and answer."
+        ),
+    ],
+    to: Annotated[Path, typer.Option("--to", help="Where to write the prompts with their answers, as JSON lines.")],
+    rejected: Annotated[
+        Path | None, typer.Option("--rejected", help="Where to write the rows that could not be used: row, reason, evidence.")
+    ] = None,
+) -> None:
+    """Turn answers that are there already into prompts with answers, for a recipe with prompts.answers: given."""
+    importing.import_(file, to, rejected)
 
 
 app.add_typer(terms)

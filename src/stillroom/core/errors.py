@@ -34,6 +34,8 @@ CODES: dict[str, str] = {
     "prompts-empty": "There are no prompts.",
     "prompts-invalid": "A line or column of the prompts is not what was expected.",
     "items-invalid": "A labelled or evaluation item is not what was expected.",
+    "verifier-invalid": "The rule that answers are verified by cannot be used.",
+    "redaction-table": "The table of what was replaced in prompts cannot be used.",
     "sequence-too-long": "A sequence is longer than the model's context.",
     "model-missing": "The model directory does not exist, or the hub cannot be reached.",
     "model-no-weights": "The model directory has no weights.",

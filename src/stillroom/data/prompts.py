@@ -113,7 +113,7 @@ def _distinct(rows: Iterable[tuple[str, Any]], limit: int | None, *, source: str
         if limit is not None and len(found) >= limit:
             break
         read += 1
-        prompt = _prompt(row, where)
+        prompt = read_row(row, where)
         first = found.setdefault(prompt.id, prompt)
         if first is not prompt:
             duplicates += 1
@@ -199,7 +199,8 @@ def _require_columns(names: Iterable[str], where: str) -> None:
 # --- one row ------------------------------------------------------------------------------------------------------------------------------
 
 
-def _prompt(row: Any, where: str) -> Prompt:
+def read_row(row: Any, where: str) -> Prompt:
+    """The prompt that an object of `prompt` or `messages` says; `where` it stood, for the message of DataError 'prompts-invalid'."""
     if not isinstance(row, dict):
         raise _invalid(where, f"is {_kind(row)}, not an object")
     text, messages = row.get("prompt"), row.get("messages")

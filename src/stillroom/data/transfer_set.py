@@ -27,24 +27,49 @@ from stillroom.ledger import Ledger
 
 VERSION = 1
 
-DropReason: TypeAlias = Literal["too-long", "truncated", "empty-answer", "duplicate"]
+DropReason: TypeAlias = Literal[
+    "too-long",
+    "truncated",
+    "unterminated-reasoning",
+    "empty-answer",
+    "refusal",
+    "identity",
+    "prompt-echo",
+    "duplicate",
+    "near-duplicate",
+    "verifier",
+    "verifier-error",
+    "contaminated",
+]
 DROP_REASONS: dict[DropReason, str] = {
     "too-long": "prompt and answer are longer than the student's context",
     "truncated": "the answer was cut off at max_new_tokens",
+    "unterminated-reasoning": "the answer opens a reasoning block and never closes it",
     "empty-answer": "the teacher answered nothing",
-    "duplicate": "the same tokens are there already",
+    "refusal": "the teacher declined to answer",
+    "identity": "the answer says which model it is, or that it is one",
+    "prompt-echo": "the answer says the prompt again",
+    "duplicate": "the same is there already",
+    "near-duplicate": "nearly the same is there already",
+    "verifier": "the recipe's verifier rejected it",
+    "verifier-error": "the recipe's verifier failed on it",
+    "contaminated": "it has an evaluation item in it",
 }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A record that may be let in. `finished` is whether the answer reached its end token; `answer` its text without that token."""
+    """A record that may be let in. `finished` is whether the answer reached its end token; `answer` its text without that token.
+
+    `left_out` is why a curation step before this gate left it out; None where none did.
+    """
 
     id: str
     prompt_id: str
     tokens: int
     answer: str
     finished: bool
+    left_out: DropReason | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +81,10 @@ class Curated:
 
 
 def curate(candidates: Iterable[Candidate], *, max_tokens: int) -> Curated:
-    """Sorts out what nobody should learn from: sequences of more than `max_tokens`, and the reasons of `DROP_REASONS`, the first that holds."""
+    """The last gate: what earlier steps left out, for their reason, and what nobody should learn from, for the first reason that holds.
+
+    Those are sequences of more than `max_tokens`, answers that are cut off or empty, and records that are there already.
+    """
     kept: dict[str, Candidate] = {}
     dropped: list[tuple[Candidate, DropReason]] = []
     for candidate in candidates:
@@ -69,6 +97,8 @@ def curate(candidates: Iterable[Candidate], *, max_tokens: int) -> Curated:
 
 
 def _reason(candidate: Candidate, max_tokens: int, kept: Container[str]) -> DropReason | None:
+    if candidate.left_out is not None:
+        return candidate.left_out
     if candidate.tokens > max_tokens:
         return "too-long"
     if not candidate.finished:

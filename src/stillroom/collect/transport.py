@@ -159,7 +159,7 @@ class Httpx2Transport:
 
     async def _send(self, url: str, headers: Mapping[str, str], body: bytes, timeout_seconds: float) -> Response:
         begun = time.monotonic()
-        connect = min(self._connect_seconds, timeout_seconds)
+        connect = min(self._connect_seconds, 0.9 * timeout_seconds)  # so that it ends before the limit on the whole, which cannot tell what was sent
         limits = {"connect": connect, "pool": connect, "read": timeout_seconds, "write": timeout_seconds}
         request = self._httpx2.Request("POST", url, headers=headers, content=body, extensions={"timeout": limits})
         response = await self._pool(_proxy_of(url) if self._environment_proxies else None).handle_async_request(request)

@@ -51,6 +51,7 @@ def drawn(number: int, *, deaths: bool) -> Schedule:
         rate_headers=chance.random() < 0.7,
         retry_after=chance.choice(["seconds", "none"]),
         latency_ms=chance.choice([0, 2]),
+        hang_seconds=0.8,  # longer than the client waits; an endless one would take up a place of `concurrency` for ever
     )
     dying = tuple(chance.randint(1, 40) for _ in range(chance.randint(1, 3))) if deaths else ()
     return Schedule(settings, chance.randint(1, 24), chance.choice([10**10, 10**12]), dying)

@@ -18,7 +18,7 @@ from urllib.request import getproxies_environment, proxy_bypass
 
 import aiohttp
 
-import stillroom
+from stillroom import __version__
 from stillroom.collect.wire import Endpoint, NotSent, OutcomeUnknown, Response, Transport
 from stillroom.core import optional
 from stillroom.core.errors import CollectError
@@ -44,7 +44,7 @@ def open_transport(name: TransportName = DEFAULT_TRANSPORT, *, environment_proxi
 
 def request_headers() -> dict[str, str]:
     """What every request says of itself; nothing here is secret."""
-    return {**_HEADERS, "User-Agent": f"stillroom/{stillroom.__version__}"}
+    return {**_HEADERS, "User-Agent": f"stillroom/{__version__}"}
 
 
 def authorised(endpoint: Endpoint, headers: Mapping[str, str]) -> Mapping[str, str]:

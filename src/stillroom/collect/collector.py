@@ -20,7 +20,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import TypeAlias
 
@@ -66,6 +66,7 @@ class Reader:
         if not isinstance(outcome, Answer) or asked is None or asked is False:
             return Parsed(outcome=outcome)
         found = verify(outcome, self._expected(call, 0 if asked is True else int(asked)))
+        outcome = replace(outcome, places=None, reasoning_places=None)  # they are in what was found, and costly to hand on
         if isinstance(found, Demoted):
             return Parsed(outcome=outcome, raw=response.body, demoted=f"{found.reason}: {found.detail}" if found.detail else found.reason)
         return Parsed(outcome=outcome, packed=pack(found))

@@ -18,7 +18,7 @@ from urllib.request import getproxies_environment, proxy_bypass
 
 import aiohttp
 
-import stillroom
+from stillroom import __version__
 from stillroom.collect.wire import Endpoint, NotSent, OutcomeUnknown, Response, Transport
 from stillroom.core import optional
 from stillroom.core.errors import CollectError
@@ -44,7 +44,7 @@ def open_transport(name: TransportName = DEFAULT_TRANSPORT, *, environment_proxi
 
 def request_headers() -> dict[str, str]:
     """What every request says of itself; nothing here is secret."""
-    return {**_HEADERS, "User-Agent": f"stillroom/{stillroom.__version__}"}
+    return {**_HEADERS, "User-Agent": f"stillroom/{__version__}"}
 
 
 def authorised(endpoint: Endpoint, headers: Mapping[str, str]) -> Mapping[str, str]:
@@ -85,7 +85,7 @@ class AiohttpTransport:
 
     async def _send(self, url: str, headers: Mapping[str, str], body: bytes, timeout_seconds: float) -> Response:
         begun = time.monotonic()
-        limits = aiohttp.ClientTimeout(total=timeout_seconds, connect=min(self._connect_seconds, timeout_seconds))
+        limits = aiohttp.ClientTimeout(total=timeout_seconds, connect=_connect_limit(self._connect_seconds, timeout_seconds))
         proxy = _proxy_of(url) if self._environment_proxies else None
         async with self._opened().post(url, data=body, headers=headers, timeout=limits, allow_redirects=False, proxy=proxy) as response:
             if (response.content_length or 0) > self._largest:
@@ -159,7 +159,7 @@ class Httpx2Transport:
 
     async def _send(self, url: str, headers: Mapping[str, str], body: bytes, timeout_seconds: float) -> Response:
         begun = time.monotonic()
-        connect = min(self._connect_seconds, timeout_seconds)
+        connect = _connect_limit(self._connect_seconds, timeout_seconds)
         limits = {"connect": connect, "pool": connect, "read": timeout_seconds, "write": timeout_seconds}
         request = self._httpx2.Request("POST", url, headers=headers, content=body, extensions={"timeout": limits})
         response = await self._pool(_proxy_of(url) if self._environment_proxies else None).handle_async_request(request)
@@ -199,6 +199,11 @@ class Httpx2Transport:
         for pool in self._pools.values():
             await pool.aclose()
         self._pools.clear()
+
+
+def _connect_limit(connect_seconds: float, timeout_seconds: float) -> float:
+    """It must end well before the limit on the whole, at which nobody can tell any more whether something was sent."""
+    return min(connect_seconds, timeout_seconds / 2)
 
 
 class _TooLarge(Exception):

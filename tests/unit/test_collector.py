@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from datetime import date
@@ -206,6 +207,21 @@ def test_what_may_have_been_billed_stays_reserved_and_what_cannot_have_been_is_r
         assert collect(store, where, transport).answered == 4
         assert set(transport.sent.values()) == {2}
         assert (store.spend().reserved.money > 0) == reserved
+
+
+def test_a_call_that_comes_back_while_the_store_is_read_is_not_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    where, transport = endpoint(), Scripted(lambda asked, number: status(429, "rate_limit_exceeded", retry_after_ms="1") if number < 3 else ok())
+    read = RequestStore.pending
+
+    def slow(store: RequestStore, limit: int, after: int = 0) -> Any:
+        found = read(store, limit, after)
+        if not found:
+            time.sleep(0.2)  # in which all that is in flight is refused
+        return found
+
+    monkeypatch.setattr(RequestStore, "pending", slow)
+    with opened(tmp_path, where, 2) as store:
+        assert collect(store, where, transport).answered == 2
 
 
 def test_tries_are_limited_but_refusals_by_rate_are_not(tmp_path: Path) -> None:

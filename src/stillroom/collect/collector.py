@@ -187,6 +187,8 @@ class Collector:
             self._changed.clear()
             following = await self._next()
             if following is None:
+                if self._ready:
+                    continue  # it came back while the store was read
                 if not self._tasks and not self._later:
                     return
                 await self._wait(self._later[0][0] - time.monotonic() if self._later else math.inf)

@@ -549,7 +549,7 @@ def test_each_fault_breaks_the_answer_and_is_billed_where_the_work_was_done(faul
             assert isinstance(got, http.client.IncompleteRead)
             assert whole.startswith(got.partial)
         case "hang-after-work" | "slow-body":
-            assert took >= 0.2
+            assert took >= 0.19  # the loop's timers may be early by its resolution
             assert got[2] == whole
         case "cut-utf8":
             assert whole.startswith(got[2])

@@ -89,7 +89,7 @@ class Imported:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rejected:
-    """A row that is no prompt with an answer: its number, why, and what shows it. A row with several choices gives one of these for each but the first."""
+    """A row that is no prompt with an answer: its number, why, and what shows it. Of several choices the first is the answer; the others are passed over."""
 
     row: int
     reason: RejectionReason

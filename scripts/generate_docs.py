@@ -1,4 +1,4 @@
-"""Write the generated pages of docs/reference: cli.md, recipe.md, plan.md, cards.md, report.md, report.schema.json, errors.md.
+"""Write the generated pages of docs/reference: cli.md, recipe.md, plan.md, cards.md, report.md, report.schema.json, fake-endpoint.md, errors.md.
 
     python scripts/generate_docs.py [--check]
 
@@ -210,6 +210,54 @@ def report_schema() -> str:
     return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
 
 
+# --- the rehearsal endpoint ---------------------------------------------------------------------------------------------------------
+
+
+def fake_endpoint_page() -> str:
+    """Every setting, fault and lie of the fake endpoint, read from the syntax tree and the comments of its settings."""
+    source = (ROOT / "src" / "stillroom" / "testing" / "settings.py").read_text(encoding="utf-8")
+    tree = ast.parse(source)
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    body: list[str] = []
+    for name, heading in (("Settings", "Settings"), ("Limit", "Each of limits")):
+        body += [f"## {heading}", "", flow(ast.get_docstring(classes[name]) or ""), "", *_settings_table(classes[name]), ""]
+    for name, heading in (("Fault", "Faults"), ("Lie", "Lies")):
+        words = _words_after(tree, name)
+        rows = [(f"`{choice}`", comment) for choice, comment in _commented_choices(source, name)]
+        body += [f"## {heading}", "", words, "", *table(("name", "what happens"), rows), ""]
+    introduction = (
+        "`python -m stillroom.testing.fake_endpoint --config settings.yaml` is an endpoint to rehearse against, as "
+        "[What an endpoint really honours](../guides/probe-an-endpoint.md) shows; in Python it is `stillroom.testing.fake_endpoint.fake_endpoint(settings)`. "
+        "The same settings and the same requests always get the same answers."
+    )
+    return page("The rehearsal endpoint", introduction, body)
+
+
+def _settings_table(section: ast.ClassDef) -> list[str]:
+    """The fields with the docstring below each; those of several in a row stand at the last one."""
+    rows = []
+    for node, after in zip(section.body, [*section.body[1:], None], strict=True):
+        if isinstance(node, ast.AnnAssign):
+            default = node.value
+            if isinstance(default, ast.Call):  # Field(...), Decimal("1"), frozenset()
+                default = next((keyword.value for keyword in default.keywords if keyword.arg == "default"), next(iter(default.args), None))
+            words = ast.literal_eval(after.value) if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else ""
+            rows.append((f"`{ast.unparse(node.target)}`", f"`{ast.unparse(default)}`" if default is not None else "none", str(words)))
+    return table(("setting", "default", "what it is"), rows)
+
+
+def _words_after(tree: ast.Module, name: str) -> str:
+    """The docstring below an assignment."""
+    at = next(n for n, node in enumerate(tree.body) if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == name)
+    return next(str(ast.literal_eval(node.value)) for node in tree.body[at:] if isinstance(node, ast.Expr))
+
+
+def _commented_choices(source: str, name: str) -> list[tuple[str, str]]:
+    """The choices of a Literal with the comment behind each."""
+    lines = source[source.index(f"{name}: TypeAlias = Literal[") :].split("\n]")[0].splitlines()[1:]
+    return [(choice, comment) for line in lines for choice, comment in re.findall(r'^ +"([^"]+)",(?: +# (.*))?$', line)]
+
+
 # --- errors -------------------------------------------------------------------------------------------------------------------------
 
 
@@ -350,6 +398,7 @@ def pages() -> dict[str, str]:
         "cards.md": cards_page(),
         "report.md": report_page(),
         "report.schema.json": report_schema(),
+        "fake-endpoint.md": fake_endpoint_page(),
         "errors.md": errors_page(),
     }
 

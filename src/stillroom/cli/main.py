@@ -17,10 +17,11 @@ from stillroom.core.errors import StillroomError
 from stillroom.core.launch import EndedElsewhere, launched
 
 if TYPE_CHECKING:
-    from stillroom.cli import commands, importing
+    from stillroom.cli import commands, importing, probing
 else:
     commands = Later("stillroom.cli.commands")
     importing = Later("stillroom.cli.importing")
+    probing = Later("stillroom.cli.probing")
 
 
 def _typer() -> typer.Typer:
@@ -176,6 +177,66 @@ def import_(
 ) -> None:
     """Turn answers that are there already into prompts with answers, for a recipe with prompts.answers: given."""
     importing.import_(file, to, rejected)
+
+
+@app.command()
+def probe(
+    url: Annotated[str, typer.Argument(metavar="URL", help="Where OpenAI clients are pointed, such as https://host/v1.")],
+    model: Annotated[str, typer.Option("--model", metavar="M", help="The model's name at that endpoint.")],
+    route: Annotated[Literal["chat", "completions"], typer.Option("--route", help="The route that answers are to be collected from.")] = "chat",
+    key_variable: Annotated[
+        str | None, typer.Option("--key-variable", metavar="NAME", help="The environment variable that holds the key; without it no key is sent.")
+    ] = None,
+    allow_http: Annotated[
+        bool, typer.Option("--allow-http", help="Let key and prompts go to another machine in clear, over a network that is yours.")
+    ] = False,
+    access: Annotated[
+        str | None,
+        typer.Option("--access", help="Who serves it: weights (you, from its weights), api:PROVIDER (its maker), host:NAME (somebody else)."),
+    ] = None,
+    licence: Annotated[
+        str | None, typer.Option("--licence", metavar="ID", help="What the model is under, as `terms search` finds it; own for one of yours.")
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", metavar="RECIPE", help="A recipe whose intent and terms hold, where the options do not say.")
+    ] = None,
+    prices: Annotated[Path | None, typer.Option("--prices", metavar="FILE", help="A YAML file of prices, which --max-money needs.")] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max-tokens", min=0, help="The most tokens that this command may spend; without it 50,000, and 5 for each word of --context-test."
+        ),
+    ] = None,
+    max_money: Annotated[str | None, typer.Option("--max-money", metavar="N", help="The most money, in the currency of the prices.")] = None,
+    store: Annotated[
+        Path, typer.Option("--store", metavar="FILE", help="The request store, where calls, answers and the report are kept; made if missing.")
+    ] = Path("requests.sqlite"),
+    tokenizer: Annotated[
+        Path | None, typer.Option("--tokenizer", metavar="DIR", help="The model's tokenizer, so that ids are checked too; needs stillroom[train].")
+    ] = None,
+    context_test: Annotated[
+        int | None,
+        typer.Option("--context-test", metavar="WORDS", min=1, help="Send one prompt of so many words, more than the context, to see what happens."),
+    ] = None,
+    again: Annotated[bool, typer.Option("--again", help="Buy everything anew instead of reading what was found before.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON instead of a page.")] = False,
+) -> None:
+    """Find out by a few cheap calls what an endpoint really honours. Asks the terms first; keeps every call; a second time reads what was found."""
+    options = probing.Options(url, model, route, key_variable, allow_http, access, licence, recipe, prices, max_tokens, max_money, store, tokenizer)
+    probing.probe(options, context_test, again, as_json)
+
+
+@app.command()
+def requests(
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="A request store (.sqlite) of a probe or a collection; it may be in use.")],
+    explain: Annotated[
+        str | None,
+        typer.Option("--explain", metavar="KEY", help="Say what is known of this call (the beginning of its key will do), and what it differs in."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Say where the rows of a request store are, what was spent and what is reserved, or why a call is not one that was made before."""
+    probing.requests(store, explain, as_json)
 
 
 app.add_typer(terms)

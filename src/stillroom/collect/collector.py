@@ -324,7 +324,7 @@ class Collector:
 
     async def _without_answer(self, trying: _Try, failure: Failure) -> None:
         if failure.reason in STOPS:
-            self._end(_refuses(self._endpoint, failure))
+            self._end(refusal(self._endpoint, failure))
         elif failure.reason not in AGAIN:
             self._failed += 1
         elif failure.reason == "throttled":
@@ -334,7 +334,7 @@ class Collector:
             if trying.attempts < self._policy.attempts:
                 self._put_off(trying, failure.retry_after_seconds or 0.0)
             elif failure.reason == "not-sent":
-                self._end(_refuses(self._endpoint, failure))
+                self._end(refusal(self._endpoint, failure))
             else:
                 await self._store.give_up(trying.call, failure.reason)
                 self._failed += 1
@@ -400,7 +400,8 @@ def _signal(outcome: Outcome) -> Signal:
             return "failed"
 
 
-def _refuses(endpoint: Endpoint, failure: Failure) -> CollectError:
+def refusal(endpoint: Endpoint, failure: Failure) -> CollectError:
+    """Why nothing can be bought of an endpoint, and what to do about it."""
     do = {
         "quota-exhausted": "Raise the quota with the provider, and run again: what was bought is kept.",
         "bad-key": f"Look at the key in {endpoint.key_variable or 'the environment (no variable was named)'}, and run again.",

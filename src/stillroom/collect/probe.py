@@ -144,14 +144,20 @@ def signal(report: ProbeReport) -> Signal:
 
 
 async def probe(
-    endpoint: Endpoint, buy: Buy, *, messages: Messages = _MESSAGES, overflow_tokens: int | None = None, index: TokenIndex | None = None
+    endpoint: Endpoint,
+    buy: Buy,
+    *,
+    messages: Messages = _MESSAGES,
+    overflow_tokens: int | None = None,
+    index: TokenIndex | None = None,
+    first_sample: int = 0,
 ) -> ProbeReport:
     """Asks, and reports. `messages` is what the chat route is asked: something that has more than one answer, best one of the job's own prompts.
 
     `overflow_tokens` is a length past the context that may be sent and paid for (None: that is not tested). `index` is the teacher's tokenizer, where it
-    is known. Whatever `buy` raises ends the probe. A failure that is not the endpoint's refusal of what was asked leaves its finding not tested.
+    is known. `first_sample` is that of the calls: with another, all are other purchases (samples are at most 1 apart). Whatever `buy` raises ends the probe. A failure that is not the endpoint's refusal of what was asked leaves its finding not tested.
     """
-    run = _Probe(endpoint, buy, messages, index)
+    run = _Probe(endpoint, buy, messages, index, first_sample)
     await run.all(overflow_tokens)
     return run.report()
 
@@ -184,6 +190,7 @@ class _Probe:
     buy: Buy
     messages: Messages
     index: TokenIndex | None
+    first_sample: int
     found: dict[str, Finding] = field(default_factory=dict)
     asked: list[_Asked] = field(default_factory=list)
     checked: list[tuple[_Asked, Answer, float, bool]] = field(default_factory=list)  # with the temperature, and whether the text was forced
@@ -198,7 +205,7 @@ class _Probe:
             body = chat_body(endpoint, messages, settings)
         else:
             body = completion_body(endpoint, _prompt_of(messages), settings)
-        call = Call(endpoint=endpoint, body=body, sample=sample)
+        call = Call(endpoint=endpoint, body=body, sample=self.first_sample + sample)
         got = await self.buy(call)
         if isinstance(got, Failure):
             asked = _Asked(call=call, answers=[], failure=got)

@@ -8,7 +8,7 @@ settled by what the endpoint counted, or released because it is certain that not
     rows requested = accepted + rejected + failed + pending
 
 Answers are compressed JSON without their log-probabilities, which live packed in Parquet beside the store: what is to be packed waits in the store until
-its shard is on the disk. The raw body of an answer is kept only where its log-probabilities were not believed. No header is stored, and what is in an
+its shard is on the disk. The raw body of an answer is kept only where its log-probabilities were not believed, and of a probe's calls. No header is stored, and what is in an
 endpoint's key variable is taken out of what endpoints say.
 """
 
@@ -400,11 +400,12 @@ class RequestStore:
         packed: bytes | None = None,
         status: int | None = None,
         request_id: str | None = None,
+        keep_raw: bool = False,
     ) -> None:
         """Ends an attempt whose answer, or whose refusal, came whole; durable when it returns.
 
         An answer is kept without its log-probabilities: `packed` is what is to go into a shard of them. `demoted` is why they were not believed; only
-        then `raw` is kept. A failure that may be tried again leaves the call pending; another is its end. What was counted is charged. Where nothing
+        then, or with `keep_raw`, `raw` is kept. A failure that may be tried again leaves the call pending; another is its end. What was counted is charged. Where nothing
         was counted, a refusal (`REFUSED`) costs nothing, and the reservation of anything else stays: it may have been billed.
         """
         secret = os.environ.get(reservation.call.endpoint.key_variable or "")
@@ -415,7 +416,7 @@ class RequestStore:
         match outcome:
             case Answer():
                 stored = _pack_answer(outcome, secret)
-                kept = _without(raw, secret) if raw is not None and demoted is not None else None
+                kept = _without(raw, secret) if raw is not None and (demoted is not None or keep_raw) else None
                 state = "settled" if charged is not None else "unmetered"
                 finish = self._ended(reservation, state, "answered", charged, columns)
 
@@ -604,9 +605,18 @@ class RequestStore:
         return self._answer_of(found[0][0]) if found else None
 
     def raw(self, key: str) -> bytes | None:
-        """The raw body of an answer whose log-probabilities were not believed; None where none was kept."""
+        """The raw body of an answer whose log-probabilities were not believed, or that was to be kept whole; None where none was."""
         found = self._rows_of("SELECT o.raw FROM outcomes o JOIN calls c ON c.id = o.call WHERE c.key = ?", (bytes.fromhex(key),))
         return self._inflate(found[0][0]) if found and found[0][0] is not None else None
+
+    def failure(self, key: str) -> Failure | None:
+        """Why a call failed, in the words of its last attempt; None where it has not."""
+        found = self._rows_of(
+            "SELECT c.reason, a.message, a.status FROM calls c LEFT JOIN attempts a ON a.call = c.id"
+            " WHERE c.key = ? AND c.state = 'failed' ORDER BY a.id DESC LIMIT 1",
+            (bytes.fromhex(key),),
+        )
+        return Failure(reason=found[0][0], message=found[0][1] or "", status=found[0][2]) if found else None
 
     def verify(self) -> None:
         """Reads everything: SQLite's own check, every value, every key, and that no row was lost. Raises 'request-store-corrupt'."""
@@ -873,7 +883,7 @@ def _require_same_call(db: sqlite3.Connection, row: Row, call: int) -> None:
         found=f"row {row.row!r} with the call {row.call.key}",
         expected=f"the call {before}, with which it was requested before",
         why="one row would mean two things",
-        do="`stillroom collect --explain` says how the two differ. Use another store, or ids of rows that depend on what is asked.",
+        do="`stillroom requests STORE --explain KEY` says how the two differ. Use another store, or ids of rows that depend on what is asked.",
     )
 
 

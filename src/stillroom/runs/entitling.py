@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Literal
 
+from stillroom.collect.wire import is_loopback
 from stillroom.core import clock
 from stillroom.core.cards import cached_snapshot, declared_licence, hub_id_of, is_hub_id
 from stillroom.core.errors import ModelError, RecipeError
@@ -16,7 +17,7 @@ from stillroom.entitlement.library import CATALOGUE_DATE, Catalogue, Role, Sourc
 from stillroom.entitlement.store import TermsStore, attached
 from stillroom.entitlement.verdict import Assertion, Attached, Circumstances, Reason, Use, Verdict, decide, require
 from stillroom.runs.plan import Terms
-from stillroom.runs.recipe import IntentSection, Recipe
+from stillroom.runs.recipe import IntentSection, Recipe, TermsSection
 
 Method = Literal["text", "logprobs", "logits", "hidden", "weights"]
 
@@ -26,15 +27,16 @@ Method = Literal["text", "logprobs", "logits", "hidden", "weights"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Named:
-    """A source, and the licence that the recipe gives it: the card's goes before it, and the two must not contradict each other."""
+    """A source, and the licence that the recipe or an option gives it: the card's goes before it, and the two must not contradict each other."""
 
     source: Source
     stated: str | None
+    stated_in: str
 
     @classmethod
-    def of(cls, source: Source, card: str | None, card_name: str, stated: str | None, key: str) -> _Named:
-        licence, by = (card, card_name) if card is not None else (stated, f"the recipe's {key}" if stated is not None else "")
-        return cls(source=replace(source, licence=licence, declared_by=by), stated=stated)
+    def of(cls, source: Source, card: str | None, card_name: str, stated: str | None, stated_in: str) -> _Named:
+        licence, by = (card, card_name) if card is not None else (stated, stated_in if stated is not None else "")
+        return cls(source=replace(source, licence=licence, declared_by=by), stated=stated, stated_in=stated_in)
 
     def contradicts(self, catalogue: Catalogue) -> bool:
         if self.stated is None or self.source.licence is None or written(self.stated) == written(self.source.licence):
@@ -56,16 +58,25 @@ def _named(recipe: Recipe) -> Iterator[_Named]:
     licences = {dataset.name: dataset.licence for dataset in terms.datasets}
     for name in dict.fromkeys([*([recipe.prompts.dataset] if recipe.prompts.dataset is not None else []), *licences]):
         source = Source(name=name, access="dataset", role="dataset")
-        yield _Named.of(source, _card_of(name, None, "datasets"), "its dataset card", licences.get(name), "terms.datasets")
+        yield _Named.of(source, _card_of(name, None, "datasets"), "its dataset card", licences.get(name), "the recipe's terms.datasets")
 
 
 def _model(
-    model: str, revision: str | None, known_as: str | None, stated: str | None, role: Role, *, access: str = "weights", day: date | None = None
+    model: str,
+    revision: str | None,
+    known_as: str | None,
+    stated: str | None,
+    role: Role,
+    *,
+    access: str = "weights",
+    day: date | None = None,
+    stated_in: str | None = None,
 ) -> _Named:
     local = access.partition(":")[0] in ("weights", "host")
     source = Source(name=known_as or (_name_of(model) if local else model), access=access, role=role, generated_on=day)
     card = _card_of(model, revision, "models") if local else None
-    return _Named.of(source, card, "its model card", stated, "terms.base_licence" if role == "base" else "terms.licence")
+    in_recipe = "the recipe's terms.base_licence" if role == "base" else "the recipe's terms.licence"
+    return _Named.of(source, card, "its model card", stated, stated_in or in_recipe)
 
 
 def _name_of(model: str) -> str:
@@ -89,8 +100,11 @@ def _card_of(name: str, revision: str | None, kind: Literal["models", "datasets"
 
 def use_of(recipe: Recipe) -> Use:
     """What the recipe and its intent say of the use. What is not stated is not in its facts."""
-    intent = recipe.intent
-    facts: dict[str, FactValue] = {"purpose": "train", "method": method_of(recipe), "modality": "text", **_stated(intent)}
+    return _use(recipe.intent, method_of(recipe))
+
+
+def _use(intent: IntentSection, method: Method) -> Use:
+    facts: dict[str, FactValue] = {"purpose": "train", "method": method, "modality": "text", **_stated(intent)}
     assertions: tuple[Assertion, ...] = ()
     if (competes := intent.competes) is not None:
         facts["competes"] = competes.value
@@ -133,25 +147,31 @@ def decide_recipe(recipe: Recipe, *, today: date | None = None, store: TermsStor
     """
     today = today or clock.now().date()
     store = store or TermsStore.open()
-    _require_sensible_days(recipe, today)
+    _require_sensible_days(recipe.terms, today)
     catalogue = store.catalogue()
     permissions, warnings = permissions_of(recipe)
     circumstances = Circumstances(today=today, confirmations=store.confirmations(), authorisations=permissions)
     use = use_of(recipe)
     named = list(_named(recipe))
+    verdict = _decide(named, use, catalogue, circumstances, warnings)
+    if recipe.prompts.answers == "given" and recipe.terms.generated_on is None and verdict.allows:
+        verdict = _dated(verdict, [one.source for one in named], use, catalogue, circumstances)
+    return verdict
+
+
+def _decide(named: Sequence[_Named], use: Use, catalogue: Catalogue, circumstances: Circumstances, warnings: Sequence[str]) -> Verdict:
     verdict = decide([one.source for one in named], use, catalogue, circumstances)
     verdict = replace(verdict, warnings=(*verdict.warnings, *warnings))
     for one in named:
         if one.contradicts(catalogue):
+            where = "the recipe" if "recipe" in one.stated_in else one.stated_in
             return _asking(
                 verdict,
                 one.source,
-                found=f"{one.source.name} is declared to be under {one.source.licence} by its card and under {one.stated} by the recipe",
-                question=f"Is {one.source.name} under {one.stated}, as the recipe says, or under {one.source.licence}, as its card does?",
+                found=f"{one.source.name} is declared to be under {one.source.licence} by its card and under {one.stated} by {where}",
+                question=f"Is {one.source.name} under {one.stated}, as {where} says, or under {one.source.licence}, as its card does?",
                 asks="licence",
             )
-    if recipe.prompts.answers == "given" and recipe.terms.generated_on is None and verdict.allows:
-        verdict = _dated(verdict, [one.source for one in named], use, catalogue, circumstances)
     return verdict
 
 
@@ -160,14 +180,7 @@ def entitled(recipe: Recipe, *, today: date | None = None, store: TermsStore | N
 
     Raises RecipeError where the intent is only to evaluate, which no run is, and ModelError for a teacher that is allowed but not within reach.
     """
-    if recipe.intent.purpose == "evaluate":
-        raise RecipeError(
-            "recipe-invalid",
-            found="`intent.purpose` is evaluate",
-            expected="train, or nothing",
-            why="a run trains a student on what the teacher says, and evaluating is allowed where training is not",
-            do="Take it out, or ask without running: stillroom terms check RECIPE.",
-        )
+    _require_training(recipe.intent)
     verdict = decide_recipe(recipe, today=today, store=store)
     require(verdict)
     if recipe.terms.access != "weights":
@@ -181,8 +194,59 @@ def entitled(recipe: Recipe, *, today: date | None = None, store: TermsStore | N
     return verdict
 
 
-def _require_sensible_days(recipe: Recipe, today: date) -> None:
-    terms = recipe.terms
+def entitled_endpoint(
+    model: str,
+    host: str,
+    *,
+    access: str | None = None,
+    licence: str | None = None,
+    recipe: Recipe | None = None,
+    today: date | None = None,
+    store: TermsStore | None = None,
+) -> Verdict:
+    """The gate before the first request to the model behind an endpoint: may one learn from it by its log-probabilities? Raises as `entitled` does.
+
+    What `access` and `licence` do not state, and the intent, come from the recipe's `terms` and `intent`, whatever its teacher. The recipe's access
+    `weights` is taken to be that of the endpoint only where `host` is this machine: it is the default, and says nothing of somebody else's servers.
+    """
+    today = today or clock.now().date()
+    store = store or TermsStore.open()
+    terms, intent = (recipe.terms, recipe.intent) if recipe is not None else (TermsSection(), IntentSection())
+    _require_training(intent)
+    _require_sensible_days(terms, today)
+    permissions, warnings = permissions_of(recipe) if recipe is not None else ((), [])
+    if access is None and recipe is not None and (terms.access != "weights" or is_loopback(host)):
+        access = terms.access
+    stated_in = "--licence" if licence is not None else None
+    named = _model(model, None, terms.model, licence or terms.licence, "teacher", access=access or f"host:{host}", stated_in=stated_in)
+    circumstances = Circumstances(today=today, confirmations=store.confirmations(), authorisations=permissions)
+    verdict = _decide([named], _use(intent, "logprobs"), store.catalogue(), circumstances, warnings)
+    if access is None:
+        verdict = _asking(
+            verdict,
+            named.source,
+            found=f"nothing says how {named.source.name} is reached at {host}",
+            question="Who serves it? Say --access weights (you, from its weights), api:PROVIDER (its maker) or host:NAME (somebody else)",
+            asks="access",
+        )
+    elif verdict.question is not None:
+        verdict = replace(verdict, question=f"{verdict.question} (Here: --licence ID, or --recipe FILE with terms and intent.)")
+    require(verdict)
+    return verdict
+
+
+def _require_training(intent: IntentSection) -> None:
+    if intent.purpose == "evaluate":
+        raise RecipeError(
+            "recipe-invalid",
+            found="`intent.purpose` is evaluate",
+            expected="train, or nothing",
+            why="a run trains a student on what the teacher says, and evaluating is allowed where training is not",
+            do="Take it out, or ask without running: stillroom terms check RECIPE.",
+        )
+
+
+def _require_sensible_days(terms: TermsSection, today: date) -> None:
     if terms.catalogue is not None and terms.catalogue != CATALOGUE_DATE:
         raise RecipeError(
             "recipe-invalid",

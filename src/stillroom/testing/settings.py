@@ -15,9 +15,9 @@ from stillroom.core.errors import StillroomError
 
 Fault: TypeAlias = Literal[
     "http-500",  # before the work
-    "http-502",
-    "http-503",
-    "http-529",
+    "http-502",  # likewise
+    "http-503",  # likewise
+    "http-529",  # likewise
     "html-error-page",  # a proxy's: 502, HTML, before the work
     "error-in-200",  # status 200, and the body is an error; no work was done
     "drop-before-work",  # the connection is closed without an answer, and nothing was done
@@ -28,7 +28,7 @@ Fault: TypeAlias = Literal[
     "slow-body",  # a whole answer whose body takes `slow_seconds`
     "cut-utf8",  # a complete response whose body ends inside a character, or, where it has only ASCII, anywhere
     "cut-json",  # a complete response whose body ends anywhere
-    "empty-body",
+    "empty-body",  # a complete response without a byte of body
     "wrong-content-type",  # the right body as text/plain
 ]
 """What can go wrong with a request."""
@@ -47,21 +47,21 @@ Lie: TypeAlias = Literal[
     "logprobs-short",  # a token that ends inside a character has no entry (as llama.cpp does); usage counts it
     "tokens-share-text",  # every token's mass is split over two tokens of the same text and bytes
     "logprobs-after-temperature",  # the reported distribution is the one that was drawn from
-    "mass-above-one",
+    "mass-above-one",  # the probabilities of a list sum to more than 1
     "logprobs-unsupported",  # 400 where they are asked for
     "top-logprobs-fewer",  # half as many alternatives as asked
     "bytes-missing",  # `bytes` is null in every entry
     "completions-logprobs-chat-shaped",  # on the completions route (as llama.cpp does)
-    "echo-ignored",
-    "n-ignored",
+    "echo-ignored",  # passed over in silence
+    "n-ignored",  # one answer, however many are asked for
     "seed-ignored",  # every request is drawn anew, whatever its seed
-    "response-format-ignored",
-    "stop-ignored",
-    "max-tokens-ignored",
-    "usage-missing",
+    "response-format-ignored",  # passed over in silence
+    "stop-ignored",  # the answer goes on
+    "max-tokens-ignored",  # answers end where they end by themselves
+    "usage-missing",  # in every answer
     "usage-wrong",  # twice the tokens of the answer
     "usage-of-one-choice",  # of `n` choices the first alone is counted (as llama.cpp does); all are billed
-    "finish-reason-always-stop",
+    "finish-reason-always-stop",  # of answers that were cut, too
     "context-cut",  # a prompt that is too long loses its beginning in silence
     "models-mixed",  # every other request is answered by another model, under its own name and fingerprint
     "content-filtered",  # no text, finish_reason content_filter
@@ -84,7 +84,9 @@ class Limit(_Section):
     after_seconds: Seconds = 0
     """Counted from the first request."""
     requests_per_minute: Annotated[float, Field(gt=0)] | None = None
+    """Of all models together."""
     tokens_per_minute: Annotated[float, Field(gt=0)] | None = None
+    """Prompts and answers, as `tokens_charged` counts them."""
 
 
 class Settings(_Section):
@@ -147,9 +149,12 @@ class Settings(_Section):
     most_faults: Annotated[int, Field(ge=0)] | None = None
     """A body that has been received so often is met by no more faults."""
     hang_seconds: Seconds = 3600
+    """Of hang-after-work."""
     slow_seconds: Seconds = 2
+    """Of slow-body."""
 
     lies: frozenset[Lie] = frozenset()
+    """What it does other than it says, all at once."""
     lies_share: Probability = 1.0
     """Of bodies that are lied to; the others are answered honestly."""
     remember_requests: Annotated[int, Field(ge=0)] = 1000

@@ -19,13 +19,13 @@ import pytest
 
 from helpers import save_tiny
 from servers import TEACHER, llama_server
+from stillroom import demo
 from stillroom.collect.logprobs import TokenIndex
 from stillroom.collect.probe import probe
 from stillroom.collect.store import RequestStore
 from stillroom.collect.wire import Call, Endpoint, Response
 from stillroom.core.errors import CollectError, EntitlementDenied, EntitlementUnknown, ModelError, RecipeError, SpendCapReached, SpendError
 from stillroom.data import TransferSet
-from stillroom.demo import recipe as demo_recipe
 from stillroom.ledger import Ledger
 from stillroom.models.loading import describe, load_model
 from stillroom.models.local import LocalTeacher
@@ -96,7 +96,7 @@ def test_a_whole_run_on_text(tmp_path: Path) -> None:
     assert "absent" in report.fidelity.forward_kl_nats.model_dump() and "absent" in report.cost.teacher.parameters.model_dump()
     assert getattr(report.cost.student.parameters, "value") > 0
     assert report.provenance.teacher["kind"] == "endpoint"
-    entry = next(json.loads(line) for line in (done.directory / "ledger.jsonl").read_text().splitlines() if '"collect"' in line)
+    entry = json.loads((done.directory / "ledger.jsonl").read_text().splitlines()[0])["entry"]
     assert entry["access"]["path"] == "self-hosted" and entry["access"]["endpoint"] == recipe.teacher.endpoint.url  # type: ignore[union-attr]
     assert Ledger.open(done.directory).count > 0
     assert "What was asked of the endpoint" in done.page_path.read_text(encoding="utf-8")
@@ -106,7 +106,7 @@ def test_a_whole_run_on_text(tmp_path: Path) -> None:
 
 def test_a_cap_ends_a_run_that_goes_on_when_it_is_raised(tmp_path: Path) -> None:
     with fake_endpoint(settings()) as server:
-        small = fake_recipe(tmp_path / "in", server.base_url, collection={"max_tokens": 3000})
+        small = fake_recipe(tmp_path / "in", server.base_url, collection={"max_tokens": 700})
         with pytest.raises(SpendCapReached, match=r"\d+ of 24 rows are bought, \d+ are missing") as caught:
             run(small, out=tmp_path / "run", until="collected")
         assert "collection.max_tokens" in caught.value.do
@@ -233,17 +233,20 @@ def keep_probe(endpoint: Endpoint, place: Path) -> None:
 
 
 def served_recipe(folder: Path, url: str, *, prompts: int, steps: int = 4, **changes: Any) -> Recipe:
-    tree = demo_recipe(folder, seed=0).model_dump(mode="json")
-    rows = [json.loads(line) for line in Path(tree["prompts"]["path"]).read_text().splitlines()[:prompts]]
+    folder.mkdir(parents=True, exist_ok=True)
+    tree = demo.recipe(folder, seed=0).model_dump(mode="json")
+    drawn = demo.expressions.draw(prompts, seed=0, held_out=False)
+    labelled = [{"prompt": one.text, "answer": one.answer, "family": one.family} for one in demo.expressions.draw(24, seed=1, held_out=True)]
+    write_rows(folder / "items.jsonl", labelled[:8])
+    write_rows(folder / "labelled.jsonl", labelled[8:])
     tree["teacher"] = {"endpoint": {"url": url, "model": "teacher"}, "tokenizer": str(TEACHER)}
     tree["terms"]["licence"] = "Apache-2.0"
-    tree["prompts"]["path"] = str(write_rows(folder / "some.jsonl", rows))
+    tree["prompts"]["path"] = str(write_rows(folder / "prompts.jsonl", [{"prompt": one.text} for one in drawn]))
     tree["collection"] = {"max_tokens": 10_000_000}
     tree["targets"] = {"kind": "auto", "k": 20}
     tree["training"] |= {"steps": steps, "epochs": None, "checkpoint_every": 100}
-    tree["evaluation"] |= {"limit": 8, "resamples": 100}
-    if tree["evaluation"]["label_only"]:
-        tree["evaluation"]["label_only"] |= {"limit": 16, "patience": 1}
+    tree["evaluation"] |= {"resamples": 100}
+    tree["evaluation"]["label_only"] |= {"patience": 1}
     return Recipe.from_tree({**tree, **changes})
 
 

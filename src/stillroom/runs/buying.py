@@ -114,7 +114,7 @@ class Purchases:
     # -- the loop ----------------------------------------------------------------------------------------------------------------
 
     async def _collect(self, rows: int) -> None:
-        section, recipe = self.prepared.recipe.buying, self.prepared.recipe
+        section = self.prepared.recipe.buying
         transport = open_transport()
         collector = Collector(
             transport,
@@ -122,7 +122,7 @@ class Purchases:
             self.teacher.endpoint,
             parse=reader_of(self.prepared),
             controller=RateController(time.monotonic, largest_concurrency=section.in_flight, state=self.store.recall("rates", self.teacher.endpoint)),
-            policy=Policy(timeout_seconds=recipe.buying.timeout_seconds),
+            policy=self._policy(),
             stop=self.stop,
             progress=lambda progress: self._tell(progress, rows),
         )
@@ -134,6 +134,11 @@ class Purchases:
             with suppress(asyncio.CancelledError):
                 await shelving
             await transport.close()
+
+    def _policy(self) -> Policy:
+        """With a tokenizer responses are read here: it would have to go to another process with each of them."""
+        policy = Policy(timeout_seconds=self.prepared.recipe.buying.timeout_seconds)
+        return replace(policy, decoders=0) if self.prepared.plan.signal.kind == "top_k" else policy
 
     def _tell(self, progress: Progress, rows: int) -> None:
         spent = f"{progress.spend.settled.tokens:,} tokens"
@@ -199,10 +204,10 @@ class Purchases:
             spent_tokens=spend.settled.tokens,
             reserved_tokens=spend.reserved.tokens,
             currency=spend.currency,
-            spent_money=str(in_units(spend.settled.money)) if priced else None,
-            reserved_money=str(in_units(spend.reserved.money)) if priced else None,
+            spent_money=f"{in_units(spend.settled.money):f}" if priced else None,
+            reserved_money=f"{in_units(spend.reserved.money):f}" if priced else None,
             cap_tokens=spend.caps.tokens,
-            cap_money=None if spend.caps.money is None else str(in_units(spend.caps.money)),
+            cap_money=None if spend.caps.money is None else f"{in_units(spend.caps.money):f}",
             prices_as_of=None if self.teacher.price is None else self.teacher.price.as_of.isoformat(),
         )
 

@@ -151,7 +151,7 @@ class Purchases:
         counts = self.store.counts()
         bought = counts.accepted + sum(counts.rejected.values()) + counts.answered
         return SpendCapReached(
-            error.code,
+            "spend-cap-reached",
             may_fit_later=error.may_fit_later,
             found=f"{bought:,} of {counts.requested:,} rows are bought, {counts.pending - counts.answered:,} are missing; {error.found}",
             expected=error.expected,

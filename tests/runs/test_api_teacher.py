@@ -38,7 +38,7 @@ from stillroom.targets.kinds import TargetRequest, TopKTargets
 from stillroom.targets.store import TargetStore
 from stillroom.testing.fake_endpoint import fake_endpoint
 from stillroom.testing.settings import Settings
-from tiny_run import questions, tiny_recipe, write_rows
+from tiny_run import tiny_recipe, write_rows
 
 KEY = "sk-planted-0123456789abcdef"
 PRICES = """\
@@ -88,16 +88,19 @@ def test_a_whole_run_on_text(tmp_path: Path) -> None:
     assert report.collection is not None
     collected, evaluated = report.collection.rows["collect"], report.collection.rows["evaluate"]
     assert collected.requested == 24 == collected.accepted + sum(collected.rejected.values()) + sum(collected.failed.values()) + collected.pending
-    assert collected.accepted == transfer.accepted and collected.rejected == transfer.dropped
+    assert collected.accepted == transfer.accepted
+    assert collected.rejected == transfer.dropped
     assert (evaluated.requested, evaluated.accepted) == (6, 6)
     spent = report.collection.spent_money
-    assert getattr(spent, "value") == pytest.approx(float(bill.exact_micro_dollars) / 1e6, abs=1e-12)
-    assert getattr(report.making.money, "unit") == "USD"
-    assert "absent" in report.fidelity.forward_kl_nats.model_dump() and "absent" in report.cost.teacher.parameters.model_dump()
-    assert getattr(report.cost.student.parameters, "value") > 0
+    assert spent.value == pytest.approx(float(bill.exact_micro_dollars) / 1e6, abs=1e-12)
+    assert report.making.money.unit == "USD"
+    assert "absent" in report.fidelity.forward_kl_nats.model_dump()
+    assert "absent" in report.cost.teacher.parameters.model_dump()
+    assert report.cost.student.parameters.value > 0
     assert report.provenance.teacher["kind"] == "endpoint"
     entry = json.loads((done.directory / "ledger.jsonl").read_text().splitlines()[0])["entry"]
-    assert entry["access"]["path"] == "self-hosted" and entry["access"]["endpoint"] == recipe.teacher.endpoint.url  # type: ignore[union-attr]
+    assert entry["access"]["path"] == "self-hosted"
+    assert entry["access"]["endpoint"] == recipe.teacher.endpoint.url
     assert Ledger.open(done.directory).count > 0
     assert "What was asked of the endpoint" in done.page_path.read_text(encoding="utf-8")
     for path in done.directory.rglob("*"):
@@ -114,7 +117,8 @@ def test_a_cap_ends_a_run_that_goes_on_when_it_is_raised(tmp_path: Path) -> None
         assert 0 < bought < 24
         large = fake_recipe(tmp_path / "in", server.base_url, collection={"max_tokens": 300_000})
         done = run(large, out=tmp_path / "run", until="collected")
-        assert done.state == "collected" and server.bill.done == 24
+        assert done.state == "collected"
+        assert server.bill.done == 24
         assert json.loads(done.recipe_path.read_text())["collection"]["max_tokens"] == 300_000
 
 
@@ -138,7 +142,8 @@ def test_a_killed_collection_buys_nothing_twice(tmp_path: Path) -> None:
     with RequestStore.open(tmp_path / "run" / "requests.sqlite", read_only=True) as store:
         spend, counts = store.spend(), store.counts()
         store.verify()
-    assert counts.requested == 150 and counts.pending == 0
+    assert counts.requested == 150
+    assert counts.pending == 0
     # What was under way at the kill may be billed, and is reserved; nothing else was bought again.
     assert spend.settled.tokens <= bill.prompt_tokens + bill.completion_tokens <= spend.settled.tokens + spend.reserved.tokens
     assert bill.done <= 150 + spend.unknown
@@ -257,9 +262,11 @@ def test_a_whole_run_on_verified_log_probabilities(tmp_path: Path, served: str) 
     done = run(recipe, out=tmp_path / "run")
     report = done.report
     assert report.collection is not None
-    assert report.collection.logprobs_verified == 40 and not report.collection.logprobs_demoted
+    assert report.collection.logprobs_verified == 40
+    assert not report.collection.logprobs_demoted
     store = TargetStore.open(done.store_path)
-    assert store.identity.codec.kind == "top_k" and len(store) >= 39
+    assert store.identity.codec.kind == "top_k"
+    assert len(store) >= 39
     assert report.collection.rows["collect"].accepted == TransferSet.load(done.transfer_set_path).accepted >= 30
 
 

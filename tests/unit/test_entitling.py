@@ -305,12 +305,14 @@ def test_the_gate_lets_through_what_is_allowed_and_nothing_else(tmp_path: Path) 
         entitled(recipe(**APACHE_TEACHER, intent={"purpose": "evaluate"}), today=TODAY, store=nothing)
 
 
-def test_an_api_teacher_that_is_allowed_is_not_there_yet(tmp_path: Path) -> None:
+def test_an_api_teacher_that_is_allowed_needs_an_endpoint(tmp_path: Path) -> None:
     store = own_terms(tmp_path / "store", service())
     confirm(store, "acme-api@2026-01-01", TODAY)
-    with pytest.raises(ModelError, match="not there yet") as caught:
+    with pytest.raises(ModelError, match="no teacher.endpoint to ask") as caught:
         entitled(recipe(teacher={"model": "acme-1"}, terms={"access": "api:acme"}), today=TODAY, store=store)
     assert caught.value.code == "model-unsupported"
+    asked = {"endpoint": {"url": "https://api.acme.example/v1", "model": "acme-1"}, "tokenizer": "t"}
+    assert entitled(recipe(teacher=asked, terms={"access": "api:acme"}), today=TODAY, store=store).allows
 
 
 # --- what is told -----------------------------------------------------------------------------------------------------------------------------

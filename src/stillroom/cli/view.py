@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from stillroom.runs import Comparison, Plan
-from stillroom.runs.plan import CardFit, Terms
+from stillroom.runs.plan import CardFit, ModelFacts, Terms
 from stillroom.runs.report import Absent, Maybe, Number, Report
 
 _MODELS = (("teacher", "teacher"), ("student", "student"), ("label_only", "label-only"), ("student_before", "student before"))
@@ -99,13 +99,12 @@ def plan_page(plan: Plan) -> RenderableType:
     table.add_column(overflow="fold")
     table.add_row("recipe", f"{plan.recipe_name}  (sha256 {plan.recipe_sha256[:12]})")
     for name, model in (("teacher", plan.teacher), ("student", plan.student)):
-        table.add_row(
-            name,
-            f"{model.source}  {model.architecture}, {_count(model.parameters)} parameters, {model.layers} layers x {model.width}, {_size(model.bytes)}",
-        )
-    table.add_row("", f"the student has {plan.teacher.parameters / plan.student.parameters:.1f} times fewer parameters")
+        table.add_row(name, _model_line(model))
+    if plan.teacher.parameters is not None and plan.student.parameters:
+        table.add_row("", f"the student has {plan.teacher.parameters / plan.student.parameters:.1f} times fewer parameters")
     vocabulary = plan.vocabulary
-    table.add_row("vocabulary", f"{vocabulary.size} tokens, the same in both; logits {vocabulary.teacher_rows} and {vocabulary.student_rows} wide")
+    wide = vocabulary.student_rows if vocabulary.teacher_rows is None else f"{vocabulary.teacher_rows} and {vocabulary.student_rows}"
+    table.add_row("vocabulary", f"{vocabulary.size} tokens, the same in both; logits {wide} wide")
     table.add_row("terms", Text(_terms(plan.terms)))
     prompts = plan.prompts
     table.add_row(
@@ -128,6 +127,12 @@ def plan_page(plan: Plan) -> RenderableType:
     table.add_row("disk", f"about {_size(estimate.disk_bytes)}, of {_size(estimate.disk_free_bytes)} free")
     notes = [Text(f"warning: {warning}", style="yellow") for warning in plan.warnings]
     return Group(table, *([Text(""), _cards(plan.cards)] if plan.cards else []), *notes)
+
+
+def _model_line(model: ModelFacts) -> str:
+    if model.parameters is None or model.bytes is None:
+        return f"{model.source}  behind an endpoint"
+    return f"{model.source}  {model.architecture}, {_count(model.parameters)} parameters, {model.layers} layers x {model.width}, {_size(model.bytes)}"
 
 
 def _cards(cards: Sequence[CardFit]) -> RenderableType:
@@ -205,9 +210,15 @@ def _costs(report: Report) -> RenderableType:
 
 def _made(report: Report) -> RenderableType:
     making = report.making
+    bought = ""
+    if report.collection is not None:
+        asked = sum(rows.requested for rows in report.collection.rows.values())
+        money = report.collection.spent_money
+        spent = f"{money.value:.6g} {money.unit}" if isinstance(money, Number) else f"{report.collection.spent_tokens.value:,.0f} tokens"
+        bought = f"; {asked:,} answers were asked for, for {spent}"
     stages = ", ".join(f"{name} {_duration(seconds.value)}" for name, seconds in making.wall_seconds.items())
     return Text(
-        f"made in {_duration(sum(s.value for s in making.wall_seconds.values()))} ({stages}) from {making.prompts.value:,.0f} prompts; "
+        f"made in {_duration(sum(s.value for s in making.wall_seconds.values()))} ({stages}) from {making.prompts.value:,.0f} prompts{bought}; "
         f"terms: {report.provenance.verdict}" + "".join(f"\nobligation: {line}" for line in report.provenance.terms.get("obligations") or ())
     )
 

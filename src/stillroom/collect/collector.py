@@ -54,10 +54,14 @@ Parse: TypeAlias = Callable[[Call, Response], Parsed]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reader:
-    """Reads responses and, where log-probabilities were asked for, verifies and packs them. `index` is the teacher's tokenizer where it is known."""
+    """Reads responses and, where log-probabilities were asked for, verifies and packs them. `index` is the teacher's tokenizer where it is known.
+
+    `usage_trusted` is false where the probe saw usages that are not the number of tokens: none is then held against an answer.
+    """
 
     index: TokenIndex | None = None
     reported_after_temperature: bool = False
+    usage_trusted: bool = True
 
     def __call__(self, call: Call, response: Response) -> Parsed:
         """Raises nothing."""
@@ -78,6 +82,7 @@ class Reader:
             temperature=float(call.body.get("temperature", 1.0)),
             reported="after" if self.reported_after_temperature else "before",
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
+            usage_is_its_own=self.usage_trusted,
             index=self.index,
         )
 

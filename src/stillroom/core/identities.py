@@ -12,16 +12,17 @@ TokenIds: TypeAlias = tuple[int, ...]
 class ModelRef:
     """Where a model came from, exactly enough to know it again.
 
-    `source` is a directory or a hub id as the user wrote it; `revision` the resolved commit of a hub id, None for a directory;
-    `weights_sha256` a digest over the names and bytes of all weight files; `licence` the id that the model's card declares, None if it declares none.
+    `source` is a directory or a hub id as the user wrote it, or the name that an endpoint knows it by; `revision` the resolved commit of a hub id, None
+    otherwise; `weights_sha256` a digest over the names and bytes of all weight files; `licence` the id that the model's card declares, None if it declares
+    none. Of a model behind an endpoint architecture and parameters are not known.
     """
 
     source: str
-    kind: str  # "directory" | "hub" | "from_scratch" | "from_teacher"
+    kind: str  # "directory" | "hub" | "from_scratch" | "from_teacher" | "endpoint"
     revision: str | None
     weights_sha256: str | None
-    architecture: str
-    parameters: int
+    architecture: str | None
+    parameters: int | None
     licence: str | None
 
 

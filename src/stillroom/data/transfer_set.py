@@ -40,6 +40,8 @@ DropReason: TypeAlias = Literal[
     "verifier",
     "verifier-error",
     "contaminated",
+    "no-answer",
+    "unverified-logprobs",
 ]
 DROP_REASONS: dict[DropReason, str] = {
     "too-long": "prompt and answer are longer than the student's context",
@@ -54,6 +56,8 @@ DROP_REASONS: dict[DropReason, str] = {
     "verifier": "the recipe's verifier rejected it",
     "verifier-error": "the recipe's verifier failed on it",
     "contaminated": "it has an evaluation item in it",
+    "no-answer": "the endpoint gave no answer",
+    "unverified-logprobs": "the log-probabilities that came with the answer did not pass verification",
 }
 
 

@@ -62,8 +62,15 @@ class ModelCost(Evidence):
     peak_memory_bytes: Maybe
 
 
+_ELSEWHERE = ModelCost(
+    **dict.fromkeys(ModelCost.model_fields, Absence(absent="the teacher's weights are not here: it was asked through an endpoint"))
+)
+
+
 class Timings(Evidence):
-    """Wall seconds as they were taken, so that everything above can be computed again. Index i of teacher and student is one interleaved pair."""
+    """Wall seconds as they were taken, so that everything above can be computed again. Index i of teacher and student is one interleaved pair; there are
+    none of a teacher that is not here.
+    """
 
     teacher_seconds: tuple[float, ...]
     student_seconds: tuple[float, ...]
@@ -92,7 +99,7 @@ class CostMeasurements(Evidence):
 
 
 def measure_cost(
-    teacher: CostSubject,
+    teacher: CostSubject | None,
     student: CostSubject,
     prompts: Sequence[TokenIds],
     *,
@@ -104,7 +111,8 @@ def measure_cost(
     resamples: int = 2000,
     seed: int = 0,
 ) -> CostMeasurements:
-    """Measures both models on `prompts` (at least one), each with `threads` CPU threads: `take_timings`, then memory, one model after the other.
+    """Measures both models on `prompts` (at least one), each with `threads` CPU threads: `take_timings`, then memory, one model after the other. Without a
+    teacher, whose weights are then not here, it measures the student alone, and what the teacher and the ratios would be is absent.
 
     A prompt and its answer, and a prompt and `tokens_per_answer` tokens, must fit into both contexts. `seed` is that of the bootstrap.
     """
@@ -118,11 +126,12 @@ def measure_cost(
         repeats=repeats,
         latency_prompts=latency_prompts,
     )
-    peaks = [measure_peak_memory(subject, prompts[:_MEMORY_PROMPTS], max_new_tokens, threads) for subject in (teacher, student)]
-    costs = [
-        _cost_of(teacher, timings, peaks[0], lambda pairs: pairs.teacher_seconds),
-        _cost_of(student, timings, peaks[1], lambda pairs: pairs.student_seconds),
-    ]
+    subjects = [subject for subject in (teacher, student) if subject is not None]
+    peaks = [measure_peak_memory(subject, prompts[:_MEMORY_PROMPTS], max_new_tokens, threads) for subject in subjects]
+    cost = _cost_of(student, timings, peaks[-1], lambda pairs: pairs.student_seconds)
+    if teacher is None:
+        return CostMeasurements(teacher=_ELSEWHERE, student=cost, ratios=_ELSEWHERE, timings=timings)
+    costs = [_cost_of(teacher, timings, peaks[0], lambda pairs: pairs.teacher_seconds), cost]
     ratios = _ratios(costs[0], costs[1], timings, resamples, seed)
     return CostMeasurements(teacher=costs[0], student=costs[1], ratios=ratios, timings=timings)
 
@@ -206,7 +215,7 @@ def torch_threads(threads: int) -> Iterator[None]:
 
 
 def take_timings(
-    teacher: CostSubject,
+    teacher: CostSubject | None,
     student: CostSubject,
     prompts: Sequence[TokenIds],
     *,
@@ -236,12 +245,14 @@ def take_timings(
         )
 
 
-def _time_speed(teacher: CostSubject, student: CostSubject, prompts: Sequence[TokenIds], tokens: int, repeats: int) -> Timings:
+def _time_speed(teacher: CostSubject | None, student: CostSubject, prompts: Sequence[TokenIds], tokens: int, repeats: int) -> Timings:
     """`repeats` pairs of timings, teacher then student, after one of each that is not kept."""
     expected = len(prompts) * tokens
     seconds: list[list[float]] = [[], []]
     for repeat in range(repeats + 1):
         for subject, kept in zip((teacher, student), seconds, strict=True):
+            if subject is None:
+                continue
             elapsed, completions = _timed(subject, subject.answer_at_length, prompts, tokens)
             assert sum(map(len, completions)) == expected, "answer_at_length must give exactly as many tokens as asked"
             if repeat > 0:
@@ -249,11 +260,13 @@ def _time_speed(teacher: CostSubject, student: CostSubject, prompts: Sequence[To
     return Timings(teacher_seconds=tuple(seconds[0]), student_seconds=tuple(seconds[1]), tokens=expected)
 
 
-def _time_answers(teacher: CostSubject, student: CostSubject, prompts: Sequence[TokenIds], max_new_tokens: int) -> Timings:
+def _time_answers(teacher: CostSubject | None, student: CostSubject, prompts: Sequence[TokenIds], max_new_tokens: int) -> Timings:
     """One pair of timings for each prompt; the first prompt is answered once before, and not timed."""
     seconds: list[list[float]] = [[], []]
     for prompt in (prompts[0], *prompts):
         for subject, kept in zip((teacher, student), seconds, strict=True):
+            if subject is None:
+                continue
             kept.append(_timed(subject, subject.answer, [prompt], max_new_tokens)[0])
     return Timings(teacher_seconds=tuple(seconds[0][1:]), student_seconds=tuple(seconds[1][1:]), tokens=0)
 
@@ -274,12 +287,17 @@ def _synchronise(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
+def _beside(timings: CostTimings, words: str) -> str:
+    return words if timings.batch_1.teacher_seconds else ""
+
+
 def _speed(seconds: Sequence[float], tokens: int, batch: int, timings: CostTimings) -> Measured:
     speeds = [tokens / elapsed for elapsed in seconds]
     low, high = quantile_interval(speeds, 0.5)
+    beside = _beside(timings, ", interleaved with the other model's")
     how = (
         f"greedy, key-value cache, batch {batch}, {timings.tokens_per_answer} tokens per answer whatever they are, prompt's processing included, "
-        f"{timings.device}, {timings.threads} thread(s); median of {len(speeds)} repeats interleaved with the other model's; "
+        f"{timings.device}, {timings.threads} thread(s); median of {len(speeds)} repeats{beside}; "
         "its interval from order statistics over repeats"
     )
     return Measured(value=statistics.median(speeds), low=low, high=high, n=len(speeds), unit="tokens/s", how=how)
@@ -287,8 +305,9 @@ def _speed(seconds: Sequence[float], tokens: int, batch: int, timings: CostTimin
 
 def _latency(seconds: Sequence[float], quantile: float, timings: CostTimings) -> Measured:
     low, high = quantile_interval(seconds, quantile)
+    beside = _beside(timings, " in turn with the other model")
     how = (
-        f"one whole greedy answer at batch 1, {timings.device}, {timings.threads} thread(s), {len(seconds)} prompts in turn with the other model; "
+        f"one whole greedy answer at batch 1, {timings.device}, {timings.threads} thread(s), {len(seconds)} prompts{beside}; "
         f"{quantile:.0%} quantile over prompts; its interval from order statistics"
     )
     return Measured(value=float(np.quantile(seconds, quantile)), low=low, high=high, n=len(seconds), unit="seconds", how=how)

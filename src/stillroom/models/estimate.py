@@ -87,10 +87,11 @@ class Workload:
 
     `packing` names the models whose sequences are laid end to end; `recomputed` says that the student's layers are computed again for their gradient.
     `row_bytes` is what a store keeps of a scored row; `mapped_bytes` the size of the teacher's files where they are not in the dtype it runs in.
-    `parts`: into how many the student is cut, each with a process and a device of its own; times are then those of one process.
+    `parts`: into how many the student is cut, each with a process and a device of its own; times are then those of one process. `teacher` is None where
+    its weights are not here: it takes no time and no memory, and how long collecting takes is not known.
     """
 
-    teacher: Outline
+    teacher: Outline | None
     student: Outline
     mapped_bytes: int
     size: int
@@ -138,11 +139,22 @@ class Workload:
     @property
     def teacher_bytes(self) -> float:
         """The teacher's weights: where layers are kept in eight bits, embeddings and head are not."""
+        if self.teacher is None:
+            return 0.0
         if not self.teacher_int8:
             return self.teacher.parameters * self.teacher_dtype.itemsize
         shape = self.teacher.shape
         whole = (1 if shape.tied_embeddings else 2) * shape.rows * shape.width
         return self.teacher.parameters + whole * (self.teacher_dtype.itemsize - 1)
+
+    @property
+    def teacher_whole_bytes(self) -> float:
+        """The same before any layer is in eight bits."""
+        return 0.0 if self.teacher is None else self.teacher.parameters * self.teacher_dtype.itemsize
+
+    @property
+    def teacher_width(self) -> int:
+        return 0 if self.teacher is None else self.teacher.shape.width
 
     @property
     def whole_mean(self) -> float:
@@ -159,6 +171,8 @@ class Workload:
     @property
     def compared(self) -> float:
         """Sequences on which fidelity is measured: items that the teacher answers, or what was held out for validation."""
+        if self.teacher is None:
+            return 0.0
         return float(min(self.fidelity_prompts, self.items or self.validation_fraction * self.prompts))
 
     @property
@@ -196,11 +210,20 @@ class Measured:
     stand_ins: tuple[str, ...]
 
 
+# Of a teacher that is not here.
+_NO_READING = ReadingCosts(
+    call_seconds=0.0, token_seconds=0.0, step_seconds=0.0, each_seconds=0.0, distribution_seconds=0.0, picking_seconds=0.0,
+    cache_bytes=0.0, layer_bytes=0.0, working_bytes=0.0, distribution_bytes=0.0, picking_bytes=0.0,
+)  # fmt: skip
+
+
 def measure(work: Workload) -> Measured:
     """Probes this machine for a second or two, with copies of at most two layers. torch is left as it was."""
     with as_in_a_run(work.threads):
         meter = Meter(work.device)
-        teacher, teacher_stands_in = _probed(work.teacher, work.teacher_dtype.itemsize, work.device, partial(_teacher_costs, work, meter))
+        teacher, teacher_stands_in = _NO_READING, False
+        if work.teacher is not None:
+            teacher, teacher_stands_in = _probed(work.teacher, work.teacher_dtype.itemsize, work.device, partial(_teacher_costs, work, meter))
         student, student_stands_in = _probed(work.student, 4, work.device, partial(_student_costs, work, meter))
         # Weights, gradients and AdamW's two moments.
         learning, learning_stands_in = _probed(work.student, 16, work.device, partial(_learning_costs, work, meter))
@@ -261,7 +284,7 @@ def _learning_costs(work: Workload, meter: Meter, pattern: Pattern) -> LearningC
         objective=work.objective,
         kind=work.target_kind,
         k=work.k,
-        teacher_width=work.teacher.shape.width,
+        teacher_width=work.teacher_width,
         micro_batch=work.micro_batch,
         tokens=work.prompt_mean + work.answer_mean,
         rows_per_chunk=work.rows_per_chunk,
@@ -276,9 +299,12 @@ def _learning_costs(work: Workload, meter: Meter, pattern: Pattern) -> LearningC
 def estimate(work: Workload, found: Measured) -> WorkEstimate:
     """Times and sizes of `work`, which may differ in its micro-batch from what `found` was measured for."""
     seconds = _Seconds(work, found)
-    by_stage = {"collect": seconds.collect(), "train": seconds.train(), "label_only": seconds.label_only(), "evaluate": seconds.evaluate()}
+    # How fast an endpoint answers is not known before it is asked.
+    collecting = {} if work.teacher is None else {"collect": seconds.collect()}
+    by_stage = {**collecting, "train": seconds.train(), "label_only": seconds.label_only(), "evaluate": seconds.evaluate()}
     peaks = peak_bytes(work, found)
-    how = f"copies of both models with one and two layers measured on this machine as busy as it is, and extrapolated; memory is highest in {max(peaks, key=peaks.__getitem__)}"
+    whose = "both models" if work.teacher is not None else "the student"
+    how = f"copies of {whose} with one and two layers measured on this machine as busy as it is, and extrapolated; memory is highest in {max(peaks, key=peaks.__getitem__)}"
     if found.stand_ins:
         how += f"; of the {' and the '.join(found.stand_ins)} a narrower stand-in was measured"
     return WorkEstimate(seconds={name: value * found.slowdown for name, value in by_stage.items()}, peak_bytes=peaks, how=how)
@@ -339,11 +365,14 @@ class _Seconds:
 
     def evaluate(self) -> float:
         work, teacher, student = self.work, self.found.teacher, self.found.student
-        models = [teacher, student, student, student] if work.label_only is not None else [teacher, student, student]
+        models = [student, student, student] if work.label_only is not None else [student, student]
+        if work.teacher is not None:
+            models.insert(0, teacher)
         answers = sum(self._answers(model, work.items, work.items, work.prompt_tokens) for model in models) if work.items else 0.0
-        compared = self._compared()
-        timed = sum(self._timed(model) for model in (teacher, student))
-        python = 2 * _CHILD_SECONDS + (len(models) + 2) * _LOADING_SECONDS + len(models) * work.items * _COLLECTED_SECONDS / 4
+        compared = self._compared() if work.teacher is not None else 0.0
+        alone = [student] if work.teacher is None else [teacher, student]
+        timed = sum(self._timed(model) for model in alone)
+        python = len(alone) * _CHILD_SECONDS + (len(models) + 2) * _LOADING_SECONDS + len(models) * work.items * _COLLECTED_SECONDS / 4
         return answers + compared + timed + self.found.python * python
 
     def _answers(self, model: ReadingCosts, prompts: float, together: float, lengths: Sequence[int]) -> float:
@@ -455,7 +484,7 @@ class _Bytes:
         # The longest there is sets the peak.
         self.longest_prompt, self.longest_answer = max(work.prompt_tokens), max(work.answer_tokens)
         self.rows_stored = 0 if work.live or work.target_kind == "text" else work.prompts * work.answer_mean
-        self.head = work.size * work.teacher.shape.width * self.teacher_element if work.target_kind == "hidden" else 0
+        self.head = work.size * work.teacher_width * self.teacher_element if work.target_kind == "hidden" else 0
         self.prompt_bytes = work.prompts * _PROMPT_BYTES
 
     def collect(self) -> float:
@@ -464,17 +493,17 @@ class _Bytes:
         batch = min(work.teacher_at_once, part)
         rows = part * work.answer_mean
         # On a CPU: files that are mapped while another dtype is made of them; weights that are whole until they are kept in eight bits.
-        phases = [float(work.mapped_bytes), work.teacher.parameters * self.teacher_element - self.teacher] if self.on_cpu else [0.0]
+        phases = [float(work.mapped_bytes), work.teacher_whole_bytes - self.teacher] if self.on_cpu else [0.0]
         if work.written:
             phases.append(self._writing(teacher, batch, work.sampling_temperature, self.teacher_element))
         if self.rows_stored:
             # The states of a part, and the same laid end to end; then what is kept of them, as records, columns and file.
-            states = rows * work.teacher.shape.width * 4
-            phases.append(states + max(states, self._reading(teacher, work.teacher, batch, "teacher")))
+            states = rows * work.teacher_width * 4
+            phases.append(states + max(states, self._teacher_reading(teacher, batch)))
             # Drawn ids are in float64 places and int64 ids, and then sorted, before they are counted.
             kept = rows * (32 * work.k if work.target_kind == "drawn" else work.row_bytes)
             phases.append(5 * rows * work.row_bytes + self._prior(_FIRST_PRIOR_BYTES))
-            if work.target_kind in ("drawn", "top_k"):
+            if work.target_kind in ("drawn", "top_k") and work.teacher is not None:
                 at_once = DRAWN_AT_ONCE if work.target_kind == "drawn" else VALUES_AT_ONCE
                 values = min(rows, max(1, at_once // work.size))
                 picking = self._resident(values * teacher.picking_bytes, values * work.size * 4)
@@ -498,7 +527,7 @@ class _Bytes:
         teacher = self.teacher if work.from_teacher or (work.live and work.target_kind != "text") else 0.0
         asking = 0.0
         if work.live and work.target_kind != "text":
-            asking = self._reading(self.found.teacher, work.teacher, work.micro_batch, "teacher") + 3 * targets + before
+            asking = self._teacher_reading(self.found.teacher, work.micro_batch) + 3 * targets + before
         # Weights and AdamW's two moments; the head of stored states is read from its file and copied once.
         moments = 0.0 if work.optimiser_offload and not self.on_cpu else 2 * gradients
         heads = (self.head if self.rows_stored else 0) + self._prior(_PRIOR_BYTES)
@@ -547,7 +576,7 @@ class _Bytes:
         making = rows * (work.size * 4 + student.distribution_bytes)
         values = min(rows * work.size, COMPARED_AT_ONCE)
         comparing = 2 * rows * work.size * 4 + self._resident(7 * values * 8, values * 8)
-        reading = max(self._reading(teacher, work.teacher, sequences, "teacher"), self._reading(student, work.student, sequences, "evaluated"))
+        reading = max(self._teacher_reading(teacher, sequences), self._reading(student, work.student, sequences, "evaluated"))
         tensors = self.teacher + weights + max(writing, making, comparing, reading, work.mapped_bytes if self.on_cpu else 0)
         files = 0.0 if work.items else self._mapped()
         return self._process(tensors, files + (self.head if self.rows_stored else 0) + work.items * 4 * _RECORD_BYTES)
@@ -574,6 +603,9 @@ class _Bytes:
         logits = batch * work.size * (4 * 5 if temperature > 0 else element)
         writing = cached * model.cache_bytes + max(2 * cached * model.layer_bytes, logits)
         return self._resident(max(reading, writing), batch * self.longest_prompt * model.layer_bytes / 2, _WRITING_GAPS)
+
+    def _teacher_reading(self, model: ReadingCosts, sequences: float) -> float:
+        return 0.0 if self.work.teacher is None else self._reading(model, self.work.teacher, sequences, "teacher")
 
     def _reading(self, model: ReadingCosts, outline: Outline, sequences: float, whose: str) -> float:
         """A layer at work on whole sequences, without a cache."""

@@ -92,6 +92,7 @@ class ModelDescription:
 
     @property
     def parameters(self) -> int:
+        assert self.ref.parameters is not None
         return self.ref.parameters
 
     @property
@@ -104,6 +105,7 @@ class ModelDescription:
 
     @property
     def architecture(self) -> str:
+        assert self.ref.architecture is not None
         return self.ref.architecture
 
 

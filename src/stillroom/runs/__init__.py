@@ -28,9 +28,9 @@ class Comparison:
 def plan(recipe: Recipe, *, cards: bool = False) -> Plan:
     """What a run of `recipe` would do; with `cards`, also which graphics cards it would fit on. Loads no weights, makes no request, writes nothing.
 
-    Of a teacher behind an API there is no plan yet: raises what `run` would raise.
+    Of a teacher that can only be asked through an endpoint, and of whose endpoint nothing is said, there is no plan: raises what `run` would raise.
     """
-    if recipe.terms.access != "weights":
+    if recipe.terms.access != "weights" and recipe.teacher.endpoint is None:
         entitled(recipe)
     result: Plan = _torch_side("stillroom.runs.planning").plan(recipe, cards=cards)
     return result

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ def student_card(report: Report, release: Release | None = None, *, adapter: boo
         f"---\n{front}---",
         f"# {title}",
         *(_to_be_shown(release) if release is not None else ()),
-        f"A student of {facts.student['parameters']:,} parameters, distilled by Stillroom from a teacher of {facts.teacher['parameters']:,}.",
+        f"A student of {facts.student['parameters']:,} parameters, distilled by Stillroom from {_whom(facts.teacher)}.",
         *([_ADAPTER] if adapter else ()),
         *(_sources(release.made_from) if release is not None else ()),
         *(["## How good it is"] if release is not None else ()),
@@ -73,6 +73,11 @@ def student_card(report: Report, release: Release | None = None, *, adapter: boo
         f"Recipe {facts.recipe_sha256}, transfer set {facts.transfer_set_sha256}, ledger head {facts.ledger_head}.",
     ]
     return "\n\n".join(lines) + "\n"
+
+
+def _whom(teacher: Mapping[str, str | int | None]) -> str:
+    parameters = teacher["parameters"]
+    return f"a teacher of {parameters:,}" if parameters is not None else f"{_one_line(str(teacher['source']))}, which answered through an endpoint"
 
 
 def _front(report: Report, release: Release | None, library: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
-from typing import Any, assert_never
+from typing import Any, Protocol, assert_never
 
 from stillroom.core import durable
 from stillroom.core.errors import DataError
@@ -20,18 +20,21 @@ from stillroom.core.identities import Sampling, TokenIds, TokenSequence
 from stillroom.core.interrupts import StopRequest
 from stillroom.core.seeds import derive_seed
 from stillroom.data import Candidate, Prompt, TransferSet, curate, freeze
+from stillroom.data.transfer_set import DropReason
 from stillroom.ledger import Access, Circumstances, Collected, Frozen, Ledger, PromptSource
+from stillroom.ledger.entries import Response
 from stillroom.models.loading import teacher_head_arrays
 from stillroom.models.local import LocalTeacher
 from stillroom.models.memory import trim_heap
 from stillroom.objectives.tensors import as_arrays, head_as_arrays
 from stillroom.runs.directory import Run
+from stillroom.runs.endpoints import access_path
 from stillroom.runs.entitling import digests_of
 from stillroom.runs.gates import Gates
 from stillroom.runs.observer import Observer
 from stillroom.runs.planning import Prepared
 from stillroom.targets.codecs import Codec, DrawnCodec, HiddenCodec, TextCodec, TopKCodec, measure_error
-from stillroom.targets.kinds import TargetRequest
+from stillroom.targets.kinds import TargetRequest, Targets, TeacherHead
 from stillroom.targets.rows import slice_targets
 from stillroom.targets.store import StoredRecord, StoreIdentity, TargetStore, record_id
 
@@ -41,8 +44,12 @@ _ERROR_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Answered:
-    """A prompt and what came of it; no sequence where it was too long to ask."""
+class Answered:
+    """A prompt and what came of it; no sequence where it was too long to ask, or, with `left_out`, where there is no answer to learn from.
+
+    `targets` are those of the sequence's rows where they came with the answer. `counted` are the tokens of prompt, answer and reasoning as an endpoint
+    counts them, `response` what it said of itself.
+    """
 
     prompt: Prompt
     prompt_tokens: int
@@ -50,6 +57,34 @@ class _Answered:
     answer: str = ""
     answer_tokens: int = 0
     finished: bool = False
+    left_out: DropReason | None = None
+    targets: Targets | None = None
+    response: Response | None = None
+    counted: tuple[int, int, int] | None = None
+
+
+class Answering(Protocol):
+    """Who answers prompts: a model here, or an endpoint."""
+
+    def begin(self, prompts: Sequence[Prompt], missing: int) -> None:
+        """Called once, before any part: `missing` prompts have no line yet."""
+        ...
+
+    def seconds_each(self) -> float:
+        """Wall time that a prompt took beside its part."""
+        ...
+
+    def answers(self, number: int, prompts: Sequence[Prompt]) -> list[Answered]:
+        """What came of each prompt of a part."""
+        ...
+
+    def stored(self, answered: Sequence[Answered]) -> list[StoredRecord]:
+        """Those that have a sequence, in order, with the teacher's targets."""
+        ...
+
+    def decided(self, reasons: dict[str, str | None]) -> None:
+        """Told, for each prompt, why its answer was left out; None where it was kept."""
+        ...
 
 
 def store_identity(prepared: Prepared) -> StoreIdentity:
@@ -63,7 +98,7 @@ def store_identity(prepared: Prepared) -> StoreIdentity:
         codec=_codec(prepared),
         temperature=prepared.recipe.targets.target_temperature,
         generation=sampling_of(prepared),
-        arithmetic=prepared.plan.hardware.teacher_dtype,
+        arithmetic=prepared.plan.hardware.teacher_dtype or "not known",
     )
 
 
@@ -108,23 +143,124 @@ def _codec(prepared: Prepared) -> Codec:
             return TopKCodec(k=signal.k)
         case "hidden":
             assert signal.state_dtype is not None
-            return HiddenCodec(width=prepared.teacher.shape.width, state_dtype=signal.state_dtype)
+            return HiddenCodec(width=prepared.local_teacher.shape.width, state_dtype=signal.state_dtype)
         case "full":
             raise AssertionError("full distributions are never stored")
         case _:
             assert_never(signal.kind)
 
 
+class LocalAnswers:
+    """A teacher whose weights are here. The head of hidden targets, and what rounding costs, are its to say."""
+
+    def __init__(self, prepared: Prepared, teacher: LocalTeacher) -> None:
+        self.prepared, self.teacher = prepared, teacher
+
+    def head(self) -> TeacherHead:
+        """What turns stored states into distributions, as arrays."""
+        return head_as_arrays(teacher_head_arrays(self.teacher.model, self.teacher.vocabulary.size))
+
+    def begin(self, prompts: Sequence[Prompt], missing: int) -> None:
+        """Nothing: it answers part by part."""
+
+    def seconds_each(self) -> float:
+        return 0.0
+
+    def decided(self, reasons: dict[str, str | None]) -> None:
+        """Nothing: nobody keeps an account of it."""
+
+    def answers(self, number: int, prompts: Sequence[Prompt]) -> list[Answered]:
+        """Those that come with the prompts, or those that the teacher writes, all of a part together."""
+        if self.prepared.recipe.prompts.answers == "given":
+            return [given_answer(self.prepared, prompt) for prompt in prompts]
+        renderer, sampling = self.prepared.renderer, sampling_of(self.prepared)
+        sampling = Sampling(max_new_tokens=sampling.max_new_tokens, temperature=sampling.temperature, seed=derive_seed(sampling.seed, "part", number))
+        asked = [renderer.prompt_ids(prompt) for prompt in prompts]
+        fits = [len(ids) + sampling.max_new_tokens <= self.prepared.context_tokens for ids in asked]
+        written = iter(self.teacher.generate([ids for ids, fit in zip(asked, fits, strict=True) if fit], sampling))
+        return [
+            self._written(prompt, ids, next(written)) if fit else Answered(prompt=prompt, prompt_tokens=len(ids))
+            for prompt, ids, fit in zip(prompts, asked, fits, strict=True)
+        ]
+
+    def _written(self, prompt: Prompt, asked: TokenIds, completion: TokenIds) -> Answered:
+        renderer = self.prepared.renderer
+        return Answered(
+            prompt=prompt,
+            prompt_tokens=len(asked),
+            sequence=renderer.sequence(prompt, completion=completion),
+            answer=renderer.answer_text(completion),
+            answer_tokens=len(completion),
+            finished=completion[-1] in self.teacher.vocabulary.end_ids,
+        )
+
+    def stored(self, answered: Sequence[Answered]) -> list[StoredRecord]:
+        """Each sequence with the teacher's targets for its own rows."""
+        # What decoding leaves on the heap is of no use to scoring, and by how much it would raise the peak is chance.
+        trim_heap()
+        sequences = [one.sequence for one in answered if one.sequence is not None]
+        if not sequences:
+            return []
+        request = request_of(self.prepared)
+        kind = "text" if isinstance(_codec(self.prepared), TextCodec) else request.kind
+        targets = as_arrays(self.teacher.targets(sequences, replace(request, kind=kind)))
+        records, start = [], 0
+        for sequence in sequences:
+            stop = start + len(sequence.scored_rows)
+            records.append(StoredRecord(sequence=sequence, targets=slice_targets(targets, start, stop)))
+            start = stop
+        return records
+
+    def measure_codec(self, store: TargetStore, records: Sequence[StoredRecord]) -> None:
+        """Enters into the store what its codec costs, once, by the rows of `records`."""
+        if isinstance(store.identity.codec, TextCodec) or not records or store.codec_error is not None:
+            return
+        sequences = [record.sequence for record in records]
+        states_RD = self.teacher.hidden_states(sequences)[:_ERROR_ROWS]
+        temperature = store.identity.temperature
+        exact = self.teacher.log_probs(states_RD, temperature).cpu().numpy()
+        # What the codec is given, before it rounds: the states as the teacher has them.
+        targets = as_arrays(self.teacher.targets(sequences, replace(request_of(self.prepared), state_dtype="float32")))
+        error = measure_error(store.identity.codec, slice_targets(targets, 0, len(exact)), exact)
+        if error is not None:
+            store.record_codec_error(error)
+
+
+def given_answer(prepared: Prepared, prompt: Prompt) -> Answered:
+    """The answer that comes with a prompt. Raises DataError 'prompts-invalid' where there is none."""
+    renderer = prepared.renderer
+    if prompt.answer is None and not renderer.ends_with_answer(prompt):
+        raise DataError(
+            "prompts-invalid",
+            found=f"a prompt without an answer ({prompt.content[:60]!r}), where prompts.answers is given",
+            expected="`answer`, or a conversation that ends with an assistant turn",
+            do="Add the answers, or set prompts.answers to teacher.",
+        )
+    sequence = renderer.sequence(prompt, prompt.answer)
+    answer_tokens = len(sequence.scored_rows)
+    if len(sequence.ids) > prepared.context_tokens:
+        return Answered(prompt=prompt, prompt_tokens=len(sequence.ids) - answer_tokens, answer_tokens=answer_tokens)
+    answer = prompt.answer if prompt.answer is not None else (prompt.messages or ())[-1].content
+    return Answered(
+        prompt=prompt,
+        prompt_tokens=len(sequence.ids) - answer_tokens,
+        sequence=sequence,
+        answer=answer,
+        answer_tokens=answer_tokens,
+        finished=True,
+    )
+
+
 class Collector:
     """Runs the stage for one run."""
 
     def __init__(
-        self, run: Run, prepared: Prepared, teacher: LocalTeacher, ledger: Ledger, gates: Gates, observer: Observer, stop: StopRequest
+        self, run: Run, prepared: Prepared, answering: Answering, ledger: Ledger, gates: Gates, observer: Observer, stop: StopRequest
     ) -> None:
-        self.run, self.prepared, self.teacher, self.ledger = run, prepared, teacher, ledger
+        self.run, self.prepared, self.answering, self.ledger = run, prepared, answering, ledger
         self.gates, self.observer, self.stop = gates, observer, stop
         identity = store_identity(prepared)
-        head = head_as_arrays(teacher_head_arrays(teacher.model, teacher.vocabulary.size)) if identity.codec.kind == "hidden" else None
+        head = answering.head() if isinstance(answering, LocalAnswers) and identity.codec.kind == "hidden" else None
         self.store = TargetStore.create_or_resume(run.store_path, identity, head)
         self._circumstances = self._all_circumstances()
 
@@ -132,6 +268,7 @@ class Collector:
         """Every part that is not done yet, then the transfer set. Raises Interrupted between parts."""
         prompts = self.prepared.prompts.prompts
         done = self._done(len(prompts))
+        self.answering.begin(prompts, len(prompts) - len(done))
         began, tokens = time.monotonic(), 0
         for start in range(len(done), len(prompts), PART):
             lines = self._part(start // PART, prompts[start : start + PART])
@@ -156,17 +293,15 @@ class Collector:
 
     def _part(self, number: int, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
         began = time.monotonic()
-        answered = self._answers(number, prompts)
+        answered = self.answering.answers(number, prompts)
         asked = [one for one in answered if one.sequence is not None]
-        # What decoding leaves on the heap is of no use to scoring, and by how much it would raise the peak is chance.
-        trim_heap()
-        records = self._stored([one.sequence for one in asked if one.sequence is not None])
+        records = self.answering.stored(asked)
         self.store.append_shard(records)
         ids = {one.prompt.id: record_id(record.sequence) for one, record in zip(asked, records, strict=True)}
         self.ledger.append(self._collected(ids[one.prompt.id], one) for one in asked)
-        if number == 0:
-            self._measure_codec(records[:64])
-        seconds = (time.monotonic() - began) / len(prompts)
+        if number == 0 and isinstance(self.answering, LocalAnswers):
+            self.answering.measure_codec(self.store, records[:64])
+        seconds = (time.monotonic() - began) / len(prompts) + self.answering.seconds_each()
         return [
             {
                 "prompt_id": one.prompt.id,
@@ -175,84 +310,11 @@ class Collector:
                 "answer_tokens": one.answer_tokens,
                 "finished": one.finished,
                 "answer": one.answer,
+                "left_out": one.left_out,
                 "seconds": round(seconds, 6),
             }
             for one in answered
         ]
-
-    def _answers(self, number: int, prompts: Sequence[Prompt]) -> list[_Answered]:
-        if self.prepared.recipe.prompts.answers == "given":
-            return [self._given(prompt) for prompt in prompts]
-        renderer, sampling = self.prepared.renderer, sampling_of(self.prepared)
-        sampling = Sampling(max_new_tokens=sampling.max_new_tokens, temperature=sampling.temperature, seed=derive_seed(sampling.seed, "part", number))
-        asked = [renderer.prompt_ids(prompt) for prompt in prompts]
-        fits = [len(ids) + sampling.max_new_tokens <= self.prepared.context_tokens for ids in asked]
-        written = iter(self.teacher.generate([ids for ids, fit in zip(asked, fits, strict=True) if fit], sampling))
-        return [
-            self._written(prompt, ids, next(written)) if fit else _Answered(prompt=prompt, prompt_tokens=len(ids))
-            for prompt, ids, fit in zip(prompts, asked, fits, strict=True)
-        ]
-
-    def _written(self, prompt: Prompt, asked: TokenIds, completion: TokenIds) -> _Answered:
-        renderer = self.prepared.renderer
-        return _Answered(
-            prompt=prompt,
-            prompt_tokens=len(asked),
-            sequence=renderer.sequence(prompt, completion=completion),
-            answer=renderer.answer_text(completion),
-            answer_tokens=len(completion),
-            finished=completion[-1] in self.teacher.vocabulary.end_ids,
-        )
-
-    def _given(self, prompt: Prompt) -> _Answered:
-        renderer = self.prepared.renderer
-        if prompt.answer is None and not renderer.ends_with_answer(prompt):
-            raise DataError(
-                "prompts-invalid",
-                found=f"a prompt without an answer ({prompt.content[:60]!r}), where prompts.answers is given",
-                expected="`answer`, or a conversation that ends with an assistant turn",
-                do="Add the answers, or set prompts.answers to teacher.",
-            )
-        sequence = renderer.sequence(prompt, prompt.answer)
-        answer_tokens = len(sequence.scored_rows)
-        if len(sequence.ids) > self.prepared.context_tokens:
-            return _Answered(prompt=prompt, prompt_tokens=len(sequence.ids) - answer_tokens, answer_tokens=answer_tokens)
-        answer = prompt.answer if prompt.answer is not None else (prompt.messages or ())[-1].content
-        return _Answered(
-            prompt=prompt,
-            prompt_tokens=len(sequence.ids) - answer_tokens,
-            sequence=sequence,
-            answer=answer,
-            answer_tokens=answer_tokens,
-            finished=True,
-        )
-
-    def _stored(self, sequences: Sequence[TokenSequence]) -> list[StoredRecord]:
-        """Each sequence with the teacher's targets for its own rows."""
-        if not sequences:
-            return []
-        request = request_of(self.prepared)
-        kind = "text" if isinstance(self.store.identity.codec, TextCodec) else request.kind
-        targets = as_arrays(self.teacher.targets(sequences, replace(request, kind=kind)))
-        records, start = [], 0
-        for sequence in sequences:
-            stop = start + len(sequence.scored_rows)
-            records.append(StoredRecord(sequence=sequence, targets=slice_targets(targets, start, stop)))
-            start = stop
-        return records
-
-    def _measure_codec(self, records: Sequence[StoredRecord]) -> None:
-        if isinstance(self.store.identity.codec, TextCodec) or not records or self.store.codec_error is not None:
-            return
-        sequences = [record.sequence for record in records]
-        states_RD = self.teacher.hidden_states(sequences)[:_ERROR_ROWS]
-        temperature = self.store.identity.temperature
-        exact = self.teacher.log_probs(states_RD, temperature).cpu().numpy()
-        # What the codec is given, before it rounds: the states as the teacher has them.
-        targets = as_arrays(self.teacher.targets(sequences, replace(request_of(self.prepared), state_dtype="float32")))
-        error = measure_error(self.store.identity.codec, slice_targets(targets, 0, len(exact)), exact)
-        if error is not None:
-            self.store.record_codec_error(error)
 
     # --- ledger and transfer set ------------------------------------------------------------------------------------------------------
 
@@ -265,17 +327,24 @@ class Collector:
             signal=prepared.plan.signal.kind,
             terms=digests_of(prepared.verdict),
             decision=prepared.verdict.sha256,
-            access=Access(account=prepared.recipe.intent.account),
+            access=Access(
+                path=access_path(prepared.recipe),
+                endpoint=prepared.endpoint_teacher.endpoint.base_url if prepared.endpoint_teacher is not None else None,
+                account=prepared.recipe.intent.account,
+            ),
         )
 
-    def _collected(self, record: str, answered: _Answered) -> Collected:
+    def _collected(self, record: str, answered: Answered) -> Collected:
+        prompt_tokens, output_tokens, reasoning = answered.counted or (answered.prompt_tokens, answered.answer_tokens, None)
         return Collected(
             record_id=record,
             prompt=answered.prompt.content,
             output=answered.answer,
-            prompt_tokens=answered.prompt_tokens,
-            output_tokens=answered.answer_tokens,
+            prompt_tokens=prompt_tokens,
+            output_tokens=output_tokens,
             circumstances=self._circumstances,
+            response=answered.response,
+            reasoning_tokens=reasoning,
         )
 
     def _freeze(self, lines: Sequence[dict[str, Any]]) -> TransferSet:
@@ -289,12 +358,15 @@ class Collector:
             + [Frozen(record_id=record, reason=reason) for record, reason in reasons.items() if record not in kept]
         )
         transfer_set = freeze(curated, self.ledger, decision=verdict.sha256)
+        fates: dict[str, str | None] = {candidate.prompt_id: reason for candidate, reason in curated.dropped}
+        self.answering.decided(fates | {candidate.prompt_id: None for candidate in curated.kept})
         transfer_set.save(self.run.transfer_set_path)
         return transfer_set
 
 
 def _candidate(line: dict[str, Any], context_tokens: int) -> Candidate:
     asked = line["record_id"] is not None
+    left_out: DropReason | None = line.get("left_out")
     return Candidate(
         id=line["record_id"] if asked else line["prompt_id"],
         prompt_id=line["prompt_id"],
@@ -302,4 +374,5 @@ def _candidate(line: dict[str, Any], context_tokens: int) -> Candidate:
         tokens=line["prompt_tokens"] + line["answer_tokens"] if asked else context_tokens + 1,
         answer=line["answer"],
         finished=line["finished"],
+        left_out=left_out,
     )

@@ -1,7 +1,7 @@
 """The run directory: what is in it, what state it is in, and how it is opened.
 
     recipe.json  plan.json  decision*  decisions/  env.json   plan     (decisions are added to at every gate)
-    targets/  ledger.jsonl  collect.jsonl  transfer_set.json  collect
+    targets/  ledger.jsonl  collect.jsonl  transfer_set.json  collect  (of an endpoint: requests.sqlite  requests-logprobs/  requests.json)
     metrics.jsonl  tensorboard/  checkpoints/  student/       train    (label_only/ holds the baseline's own)
     evals/*.json  samples.jsonl                               evaluate
     report.json  report.html                                  report
@@ -22,13 +22,15 @@ from typing import Any
 
 from stillroom.core import durable
 from stillroom.core.errors import RunError
-from stillroom.runs.recipe import Recipe
+from stillroom.runs.recipe import CHANGEABLE, Recipe
 from stillroom.runs.report import Report
 from stillroom.runs.summaries import read
 
 STATES = ("new", "planned", "collected", "trained", "evaluated", "reported")
 # What may be in a directory that no run has begun in: a lock, inputs that whoever began it put there, and what a death in the first write left.
 _NOT_OURS = (".lock", "inputs", ".recipe.json.partial")
+# The requests of a run whose teacher is behind an endpoint. A probe may have begun it before the run.
+REQUESTS = "requests.sqlite"
 _PACKAGES = ("stillroom", "torch", "transformers", "tokenizers", "safetensors", "numpy", "pyarrow", "pydantic")
 
 
@@ -45,7 +47,7 @@ class Run:
         run = cls(directory.resolve(), recipe)
         if run.recipe_path.exists():
             found = durable.read_json(run.recipe_path)
-            if found != recipe.model_dump(mode="json"):
+            if _fixed(found) != _fixed(recipe.model_dump(mode="json")):
                 raise RunError(
                     "run-other-recipe",
                     found=f"{directory} holds a run of another recipe; they differ in {', '.join(_differences(found, recipe.model_dump(mode='json')))}",
@@ -55,7 +57,7 @@ class Run:
                 )
         elif directory.exists() and not directory.is_dir():
             raise RunError("run-not-a-run", found=f"{directory} is a file", expected="a directory, or nothing yet", do="Choose another --out.")
-        elif directory.exists() and any(path.name not in _NOT_OURS for path in directory.iterdir()):
+        elif directory.exists() and any(path.name not in _NOT_OURS and not path.name.startswith(REQUESTS) for path in directory.iterdir()):
             raise RunError(
                 "run-not-a-run",
                 found=f"{directory} is not empty and holds no recipe.json",
@@ -141,6 +143,14 @@ class Run:
         return self.directory / "collect.jsonl"
 
     @property
+    def requests_path(self) -> Path:
+        return self.directory / REQUESTS
+
+    @property
+    def bought_path(self) -> Path:
+        return self.directory / "requests.json"
+
+    @property
     def transfer_set_path(self) -> Path:
         return self.directory / "transfer_set.json"
 
@@ -171,6 +181,12 @@ class Run:
     @property
     def page_path(self) -> Path:
         return self.directory / "report.html"
+
+
+def _fixed(tree: Any) -> Any:
+    """A recipe's tree without what may change while its run goes on."""
+    section = tree.get("collection") if isinstance(tree, dict) else None
+    return tree | {"collection": {key: value for key, value in section.items() if key not in CHANGEABLE}} if section else tree
 
 
 def _differences(one: Any, other: Any, prefix: str = "") -> list[str]:

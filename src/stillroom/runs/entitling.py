@@ -52,7 +52,14 @@ def sources_of(recipe: Recipe) -> tuple[Source, ...]:
 
 def _named(recipe: Recipe) -> Iterator[_Named]:
     terms = recipe.terms
-    yield _model(recipe.teacher.model, recipe.teacher.revision, terms.model, terms.licence, "teacher", access=terms.access, day=terms.generated_on)
+    if recipe.teacher.endpoint is not None:
+        # Nothing here tells what is behind an endpoint: it is looked up by the name that it is asked by, and has no card.
+        source = Source(name=terms.model or recipe.teacher.source, access=terms.access, role="teacher", generated_on=terms.generated_on)
+        yield _Named.of(source, None, "", terms.licence, "terms.licence")
+    else:
+        yield _model(
+            recipe.teacher.source, recipe.teacher.revision, terms.model, terms.licence, "teacher", access=terms.access, day=terms.generated_on
+        )
     if recipe.student.model is not None:
         yield _model(recipe.student.model, recipe.student.revision, terms.base_model, terms.base_licence, "base")
     licences = {dataset.name: dataset.licence for dataset in terms.datasets}
@@ -121,7 +128,7 @@ def method_of(recipe: Recipe) -> Method:
     """What of the teacher is learned from; where the plan is still to choose, the most that it may choose."""
     if recipe.student.from_teacher is not None:
         return "weights"
-    local = recipe.terms.access == "weights"
+    local = recipe.terms.access == "weights" and recipe.teacher.endpoint is None
     match recipe.targets.kind:
         case "text":
             return "text"
@@ -183,13 +190,12 @@ def entitled(recipe: Recipe, *, today: date | None = None, store: TermsStore | N
     _require_training(recipe.intent)
     verdict = decide_recipe(recipe, today=today, store=store)
     require(verdict)
-    if recipe.terms.access != "weights":
+    if recipe.terms.access != "weights" and recipe.teacher.endpoint is None:
         raise ModelError(
             "model-unsupported",
-            found=f"a teacher reached through {recipe.terms.access}; its terms allow it ({verdict.outcome})",
-            expected="a teacher whose weights are on this machine or on the hub, with terms.access weights",
-            why="teachers behind an API are not there yet",
-            do="Use a teacher that you have the weights of.",
+            found=f"a teacher reached through {recipe.terms.access}, and no teacher.endpoint to ask; its terms allow it ({verdict.outcome})",
+            expected="teacher.endpoint, or terms.access weights",
+            do="Give teacher.endpoint in the place of teacher.model.",
         )
     return verdict
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ from stillroom.ledger import Ledger
 from stillroom.models.loading import describe, load_model
 from stillroom.models.local import COMPARED_AT_ONCE, VALUES_AT_ONCE, LocalTeacher
 from stillroom.models.rollouts import decode
+from stillroom.runs.buying import EVALUATE, Purchases
 from stillroom.runs.collecting import sampling_of, store_identity
 from stillroom.runs.directory import Run
 from stillroom.runs.observer import Observer
@@ -40,8 +41,12 @@ _STEPS = 6
 class Evaluator:
     """Runs the stage for one run; what has its file in evals/ is not measured again."""
 
-    def __init__(self, run: Run, prepared: Prepared, teacher: LocalTeacher, ledger: Ledger, observer: Observer, stop: StopRequest) -> None:
-        self.run, self.prepared, self.teacher, self.ledger = run, prepared, teacher, ledger
+    def __init__(
+        self, run: Run, prepared: Prepared, teacher: LocalTeacher | Purchases, ledger: Ledger, observer: Observer, stop: StopRequest
+    ) -> None:
+        self.run, self.prepared, self.ledger = run, prepared, ledger
+        self.teacher = teacher if isinstance(teacher, LocalTeacher) else None
+        self.purchases = teacher if isinstance(teacher, Purchases) else None
         self.observer, self.stop = observer, stop
         self._done = 0
         self._student_directory = run.student_path
@@ -62,13 +67,14 @@ class Evaluator:
 
     def _measure_all(self) -> None:
         if self._items:
-            self._score("teacher", lambda: self.teacher.model)
+            self._measure("teacher", self._teacher_answers)
             self._score("student", lambda: self._student)
             self._score("student_before", lambda: untrained_student(self.prepared, self.teacher).eval())
             if self.run.recipe.evaluation.label_only is not None:
                 self._score("label_only", lambda: self._loaded(self.run.label_only_path / "student"))
             self._write_samples()
-        self._measure("fidelity", self._fidelity)
+        if self.teacher is not None:
+            self._measure("fidelity", partial(self._fidelity, self.teacher))
         self._measure("cost", self._cost)
 
     def _measure(self, name: str, measured: Callable[[], BaseModel]) -> None:
@@ -97,14 +103,25 @@ class Evaluator:
             )
         return items
 
+    def _teacher_answers(self) -> ItemScores:
+        if self.purchases is None:
+            assert self.teacher is not None
+            return self._answers("teacher", self.teacher.model)
+        found = score_items("teacher", self.purchases.texts(EVALUATE, self._items), self._asked)
+        self.purchases.write_summary(self.run)
+        return found
+
+    @property
+    def _asked(self) -> list[Item]:
+        return [Item(prompt=item.content, answer=item.answer or "", family=item.family) for item in self._items]
+
     def _score(self, name: str, model: Callable[[], PreTrainedModel]) -> None:
         self._measure(name, lambda: self._answers(name, model()))
 
     def _answers(self, name: str, model: PreTrainedModel) -> ItemScores:
-        items = [Item(prompt=item.content, answer=item.answer or "", family=item.family) for item in self._items]
         prompts = [self.prepared.renderer.prompt_ids(item) for item in self._items]
         completions = self._decode(model, prompts, self.run.recipe.generation.max_new_tokens)
-        return score_items(name, [self.prepared.renderer.answer_text(completion) for completion in completions], items)
+        return score_items(name, [self.prepared.renderer.answer_text(completion) for completion in completions], self._asked)
 
     def _decode(self, model: PreTrainedModel, prompts: Sequence[TokenIds], max_new_tokens: int, *, stop_at_end: bool = True) -> list[TokenIds]:
         """Greedy answers; one decoder for all models, so that they compare."""
@@ -115,7 +132,7 @@ class Evaluator:
             Sampling(max_new_tokens=max_new_tokens),
             end_ids=frozenset(vocabulary.end_ids),
             size=vocabulary.size,
-            at_once=self.teacher.at_once,
+            at_once=self.prepared.plan.hardware.teacher_at_once,
             stop_at_end=stop_at_end,
         )
 
@@ -139,24 +156,24 @@ class Evaluator:
 
     # --- fidelity and cost ------------------------------------------------------------------------------------------------------------
 
-    def _fidelity(self) -> BaseModel:
-        student = LocalTeacher(self._student, self.teacher.ref, self.prepared.student.vocabulary, at_once=self.teacher.at_once)
+    def _fidelity(self, teacher: LocalTeacher) -> BaseModel:
+        student = LocalTeacher(self._student, teacher.ref, self.prepared.student.vocabulary, at_once=teacher.at_once)
 
         def rows(model: LocalTeacher) -> Callable[[Sequence[TokenSequence]], torch.Tensor]:
             return lambda sequences: model.log_probs(model.hidden_states(sequences), 1.0)
 
-        sequences = self._held_out_sequences()
+        sequences = self._held_out_sequences(teacher)
         longest = max([1, *(len(sequence.scored_rows) for sequence in sequences)])
         size = self.prepared.teacher_vocabulary.size
         return measure_fidelity(
-            rows(self.teacher),
+            rows(teacher),
             rows(student),
             sequences,
-            sequences_per_chunk=min(self.teacher.at_once, max(1, VALUES_AT_ONCE // (longest * size))),
+            sequences_per_chunk=min(teacher.at_once, max(1, VALUES_AT_ONCE // (longest * size))),
             rows_per_chunk=max(1, COMPARED_AT_ONCE // size),
         )
 
-    def _held_out_sequences(self) -> list[TokenSequence]:
+    def _held_out_sequences(self, teacher: LocalTeacher) -> list[TokenSequence]:
         """The teacher's own answers to prompts that the student was not trained on."""
         count = self.run.recipe.evaluation.fidelity_prompts
         if not self._items:
@@ -166,7 +183,7 @@ class Evaluator:
             return TargetStore.open(self.run.store_path, store_identity(self.prepared)).sequences(validation[:count])
         chosen = self._items[:count]
         sampling = sampling_of(self.prepared)
-        completions = self.teacher.generate([self.prepared.renderer.prompt_ids(item) for item in chosen], sampling)
+        completions = teacher.generate([self.prepared.renderer.prompt_ids(item) for item in chosen], sampling)
         return [self.prepared.renderer.sequence(item, completion=completion) for item, completion in zip(chosen, completions, strict=True)]
 
     def _cost(self) -> BaseModel:
@@ -181,7 +198,7 @@ class Evaluator:
             )
 
         return measure_cost(
-            subject(self.teacher.model, self.prepared.teacher.directory),
+            subject(self.teacher.model, self.prepared.local_teacher.directory) if self.teacher is not None else None,
             subject(self._student, self._student_directory),
             prompts,
             max_new_tokens=self.run.recipe.generation.max_new_tokens,

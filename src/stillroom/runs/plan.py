@@ -15,15 +15,16 @@ class ModelFacts(Documented):
 
     source: str
     kind: str
-    architecture: str
-    parameters: int
+    architecture: str | None
+    parameters: int | None
+    """None where it is not known: of a teacher behind an endpoint. So with what follows."""
     trainable: int | None = None
     """How many of a student's parameters are learned."""
-    bytes: int
-    layers: int
-    width: int
-    context_tokens: int
-    rows: int
+    bytes: int | None
+    layers: int | None
+    width: int | None
+    context_tokens: int | None
+    rows: int | None
     """Width of its logits, padding included."""
     licence: str | None
     weights_sha256: str | None
@@ -34,7 +35,8 @@ class VocabularyFacts(Documented):
 
     size: int
     """Real tokens, the same for both models."""
-    teacher_rows: int
+    teacher_rows: int | None
+    """None where the teacher's weights are not here."""
     student_rows: int
     fingerprint: str
 
@@ -72,11 +74,11 @@ class Hardware(Documented):
     """Where it will run, and what was chosen for it."""
 
     device: str
-    teacher_device: str
-    """Of the first process; with an index, the others' teachers are on the devices after it."""
+    teacher_device: str | None
+    """None where its weights are not here. Of the first process; with an index, the others' teachers are on the devices after it."""
     dtype: str
-    teacher_dtype: Literal["float32", "bfloat16", "int8"]
-    """What the teacher computes in."""
+    teacher_dtype: Literal["float32", "bfloat16", "int8"] | None
+    """What the teacher computes in; None where its weights are not here."""
     packing: list[Literal["student", "teacher"]]
     """Whose sequences are laid end to end; the others' are padded."""
     threads: int
@@ -90,7 +92,7 @@ class Estimate(Documented):
     """Predicted, not measured."""
 
     seconds: dict[str, float]
-    """By stage: collect, train, label_only, evaluate."""
+    """By stage: collect, train, label_only, evaluate. How long an endpoint takes to answer is not known, so collect is not there."""
     peak_memory_bytes: int
     """Of the process, beyond what the libraries take."""
     peak_bytes: dict[str, int]

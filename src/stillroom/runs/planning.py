@@ -12,7 +12,7 @@ import psutil
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from stillroom.core import durable
+from stillroom.core import clock, durable
 from stillroom.core.errors import DataError, ResourceError, StoreError
 from stillroom.core.launch import launched
 from stillroom.data import LoadedPrompts, Prompt, load_prompts
@@ -37,6 +37,7 @@ from stillroom.models.tokenizers import Renderer, load_tokenizer, vocabulary_of
 from stillroom.objectives.divergences import DIVERGENCES
 from stillroom.objectives.matching import STATE_MATCHES
 from stillroom.objectives.objective import Objective, WeightedTerm
+from stillroom.runs.endpoints import Asking, EndpointTeacher, endpoint_teacher, most_tokens, obtainable, require_askable, require_signal
 from stillroom.runs.entitling import decide_recipe, entitled, sources_of, terms_of
 from stillroom.runs.loggers import chosen as loggers_chosen
 from stillroom.runs.plan import CardFit, Estimate, Hardware, ModelFacts, Plan, PromptFacts, Signal, VocabularyFacts
@@ -76,7 +77,7 @@ class Prepared:
     recipe: Recipe
     plan: Plan
     verdict: Verdict
-    teacher: ModelDescription
+    teacher: ModelDescription | EndpointTeacher
     teacher_vocabulary: Vocabulary
     student: StudentPlan
     tokenizer: PreTrainedTokenizerFast
@@ -86,9 +87,19 @@ class Prepared:
 
     @property
     def context_tokens(self) -> int:
-        """The longest sequence that both models take."""
-        lengths = [shape.context_length for shape in (self.teacher.shape, self.student.shape) if shape.context_length is not None]
+        """The longest sequence that both models take, as far as is known."""
+        lengths = [length for length in (_context_length(self.teacher), self.student.shape.context_length) if length is not None]
         return min(lengths, default=1 << 30)
+
+    @property
+    def local_teacher(self) -> ModelDescription:
+        """The teacher, where its weights are here: what asks for it has been refused otherwise."""
+        assert isinstance(self.teacher, ModelDescription), "no weights of this teacher are here"
+        return self.teacher
+
+    @property
+    def endpoint_teacher(self) -> EndpointTeacher | None:
+        return self.teacher if isinstance(self.teacher, EndpointTeacher) else None
 
     @property
     def device(self) -> torch.device:
@@ -97,6 +108,7 @@ class Prepared:
     @property
     def teacher_device(self) -> torch.device:
         """Of this process's teacher."""
+        assert self.plan.hardware.teacher_device is not None, "no weights of this teacher are here"
         kind, _, index = self.plan.hardware.teacher_device.partition(":")
         return torch.device(kind, _require_index(int(index) + launched().local_rank)) if index else torch.device(kind)
 
@@ -107,6 +119,7 @@ class Prepared:
     @property
     def teacher_dtype(self) -> torch.dtype:
         """Of the teacher's products; where its layers are kept in eight bits, too."""
+        assert self.plan.hardware.teacher_dtype is not None, "no weights of this teacher are here"
         return product_dtype(self.plan.hardware.teacher_dtype)
 
 
@@ -127,16 +140,14 @@ def prepare(recipe: Recipe, *, out: Path | None = None, planned: Plan | None = N
     stand, so that a run that is resumed goes on as it began. With `gate`, the terms must allow learning from the teacher, or EntitlementDenied
     or EntitlementUnknown is raised before anything else is looked at, and again after a model was fetched whose card says what was not known.
     """
-    # Of a teacher that is not a model here, and of a use that is no run, there is nothing to plan: the gate says why.
-    no_plan = recipe.terms.access != "weights" or recipe.intent.purpose == "evaluate"
+    # Of a teacher that cannot be asked, and of a use that is no run, there is nothing to plan: the gate says why.
+    no_plan = (recipe.terms.access != "weights" and recipe.teacher.endpoint is None) or recipe.intent.purpose == "evaluate"
     decided = entitled if gate or no_plan else decide_recipe
     verdict, sources = decided(recipe), sources_of(recipe)
     loggers_chosen(recipe.logging)
-    teacher = describe(recipe.teacher.model, recipe.teacher.revision)
-    if planned is not None:
+    teacher, tokenizer, teacher_vocabulary = _teacher(recipe, out)
+    if planned is not None and isinstance(teacher, ModelDescription):
         _require_same_teacher(planned, teacher)
-    tokenizer = load_tokenizer(recipe.teacher.model, recipe.teacher.revision)
-    teacher_vocabulary = vocabulary_of(tokenizer, teacher.shape.rows, teacher.end_ids)
     student = _plan_student(recipe, teacher, tokenizer, teacher_vocabulary)
     renderer = Renderer(tokenizer)
     prompts = load_prompts(recipe.prompts.path, dataset=recipe.prompts.dataset, split=recipe.prompts.split, limit=recipe.prompts.limit)
@@ -146,6 +157,7 @@ def prepare(recipe: Recipe, *, out: Path | None = None, planned: Plan | None = N
         _require_same_prompts(planned, prompts)
     objective = objective_of(recipe.objective)
     for match in objective.state_matches:
+        assert isinstance(teacher, ModelDescription), "terms on hidden states have been refused"
         match.check_widths(student.shape.width, teacher.shape.width)
     if planned is None:
         planned = _Planner(recipe, out or Path.cwd(), teacher, student, teacher_vocabulary, renderer, prompts, objective).plan(verdict, cards=cards)
@@ -161,6 +173,36 @@ def prepare(recipe: Recipe, *, out: Path | None = None, planned: Plan | None = N
         prompts=prompts,
         objective=objective,
     )
+
+
+def _teacher(recipe: Recipe, out: Path | None) -> tuple[ModelDescription | EndpointTeacher, PreTrainedTokenizerFast, Vocabulary]:
+    """The teacher, and the tokenizer that its text is in with its vocabulary. Behind an endpoint that is the one that the recipe names, else the student's,
+    in whose tokens the teacher's text is then written.
+    """
+    section = recipe.teacher
+    if section.endpoint is None:
+        description = describe(section.source, section.revision)
+        tokenizer = load_tokenizer(section.source, section.revision)
+        return description, tokenizer, vocabulary_of(tokenizer, description.shape.rows, description.end_ids)
+    require_askable(recipe)
+    teacher = endpoint_teacher(recipe, out)
+    if section.tokenizer is not None:
+        tokenizer = load_tokenizer(section.tokenizer)
+        rows = 1 + max([*tokenizer.get_vocab().values(), *tokenizer.added_tokens_decoder])
+        return teacher, tokenizer, vocabulary_of(tokenizer, rows)
+    assert recipe.student.model is not None, "the recipe has been refused otherwise"
+    description = describe(recipe.student.model, recipe.student.revision)
+    tokenizer = load_tokenizer(recipe.student.model, recipe.student.revision)
+    return teacher, tokenizer, vocabulary_of(tokenizer, description.shape.rows, description.end_ids)
+
+
+def _context_length(teacher: ModelDescription | EndpointTeacher) -> int | None:
+    return teacher.shape.context_length if isinstance(teacher, ModelDescription) else None
+
+
+def _end_ids(teacher: ModelDescription | EndpointTeacher) -> tuple[int, ...]:
+    """At which the teacher's own settings say that an answer ends; an endpoint says nothing of it."""
+    return teacher.end_ids if isinstance(teacher, ModelDescription) else ()
 
 
 def _require_same_teacher(planned: Plan, teacher: ModelDescription) -> None:
@@ -195,7 +237,9 @@ def objective_of(section: ObjectiveSection) -> Objective:
     )
 
 
-def _plan_student(recipe: Recipe, teacher: ModelDescription, tokenizer: PreTrainedTokenizerFast, teacher_vocabulary: Vocabulary) -> StudentPlan:
+def _plan_student(
+    recipe: Recipe, teacher: ModelDescription | EndpointTeacher, tokenizer: PreTrainedTokenizerFast, teacher_vocabulary: Vocabulary
+) -> StudentPlan:
     section = recipe.student
     if section.model is not None:
         description = describe(section.model, section.revision)
@@ -218,18 +262,19 @@ def _plan_student(recipe: Recipe, teacher: ModelDescription, tokenizer: PreTrain
             heads=shape.heads,
             feed_forward=shape.feed_forward,
             rows=teacher_vocabulary.size,
-            context_length=teacher.shape.context_length or tokenizer.model_max_length,
+            context_length=_context_length(teacher) or tokenizer.model_max_length,
             end_id=tokenizer.eos_token_id,
             pad_id=tokenizer.pad_token_id,
         )
         kind = "from_scratch"
     else:
         assert section.from_teacher is not None
+        assert isinstance(teacher, ModelDescription), "layers of an endpoint have been refused"
         config = config_from_teacher(teacher.config, section.from_teacher.layers)
         kind = "from_teacher"
     skeleton = skeleton_of(config)
     found = shape_of(skeleton)
-    vocabulary = vocabulary_of(tokenizer, found.rows, teacher.end_ids)
+    vocabulary = vocabulary_of(tokenizer, found.rows, _end_ids(teacher))
     parameters = count_parameters(skeleton)
     return StudentPlan(
         kind=kind,
@@ -265,7 +310,7 @@ class _Planner:
         self,
         recipe: Recipe,
         out: Path,
-        teacher: ModelDescription,
+        teacher: ModelDescription | EndpointTeacher,
         student: StudentPlan,
         vocabulary: Vocabulary,
         renderer: Renderer,
@@ -296,11 +341,11 @@ class _Planner:
         return Plan(
             recipe_name=recipe.name,
             recipe_sha256=recipe.sha256,
-            teacher=_facts_of_description(self.teacher),
+            teacher=_facts_of_teacher(self.teacher),
             student=self._student_facts(),
             vocabulary=VocabularyFacts(
                 size=self.vocabulary.size,
-                teacher_rows=self.teacher.shape.rows,
+                teacher_rows=self.teacher.shape.rows if isinstance(self.teacher, ModelDescription) else None,
                 student_rows=self.student.shape.rows,
                 fingerprint=self.vocabulary.fingerprint,
             ),
@@ -334,7 +379,7 @@ class _Planner:
         sample = _spread(self.prompts.prompts, _SAMPLED_PROMPTS)
         lengths = self.prompt_lengths = [len(self.renderer.prompt_ids(prompt)) for prompt in sample]
         longest = max(lengths)
-        context = self.teacher.shape.context_length
+        context = _context_length(self.teacher)
         if context is not None and min(lengths) + 1 >= context:
             raise DataError(
                 "sequence-too-long",
@@ -372,9 +417,51 @@ class _Planner:
         return [min(most, len(self.renderer.sequence(prompt, prompt.answer).scored_rows)) for prompt in prompts]
 
     def _signal(self, facts: PromptFacts) -> Signal:
+        return self._asked_signal(self.teacher, facts) if isinstance(self.teacher, EndpointTeacher) else self._local_signal(self.teacher, facts)
+
+    def _asked_signal(self, teacher: EndpointTeacher, facts: PromptFacts) -> Signal:
+        """What the stored probe proved, as far as the objective can use it."""
+        section = self.recipe.targets
+        possible = obtainable(self.recipe, teacher, self.vocabulary.size)
+        require_signal(section.kind, possible, self.objective.reads_text_alone)
+        text = section.kind == "text" or (section.kind == "auto" and self.objective.reads_text_alone)
+        kind: Literal["text", "top_k"] = "text" if text else possible.kind
+        why = "the recipe asks for it" if section.kind == "text" else "the objective reads the teacher's text alone" if text else possible.why
+        if section.kind == "auto":
+            self._decided("targets.kind", kind, why)
+        self.objective.check(kind, section.target_temperature)
+        self._cost(teacher, facts)
+        if kind == "top_k" and possible.k < section.k:
+            self._decided("targets.k", str(possible.k), f"of {section.k} asked for: {possible.why}", degraded=possible.k < self.vocabulary.size)
+        return Signal(
+            kind=kind,
+            k=possible.k if kind == "top_k" else 0,
+            draws=0,
+            state_dtype=None,
+            target_temperature=section.target_temperature,
+            live=False,
+            bytes_per_token=8 * possible.k + 4 if kind == "top_k" else 0,
+            why=why,
+        )
+
+    def _cost(self, teacher: EndpointTeacher, facts: PromptFacts) -> None:
+        """What the requests can cost at the worst, beside what they may."""
+        if self.recipe.prompts.answers == "given":
+            return
+        sample = _spread(self.prompts.prompts, 200)
+        asking = asking_of(self.recipe, teacher, self.renderer)
+        most = round(most_tokens(asking, sample, teacher.price) / len(sample) * facts.count)
+        cap = teacher.caps.tokens
+        self._decided("collection", f"{facts.count:,} requests", f"at the very most {most:,} tokens, each prompt's bytes counted as tokens")
+        if teacher.price is not None and (warning := teacher.price.age_warning(clock.now().date())) is not None:
+            self.warnings.append(warning)
+        if cap is not None and most > cap:
+            self.warnings.append(f"the cap of {cap:,} tokens may be reached before all prompts are answered; it can be raised, and the run goes on")
+
+    def _local_signal(self, teacher: ModelDescription, facts: PromptFacts) -> Signal:
         section = self.recipe.targets
         # Bytes a token: of a hidden state its numbers, of int8 with their scale; eight for a kept id with its log-probability, four for the tail.
-        width = self.teacher.shape.width
+        width = teacher.shape.width
         sizes = {
             "text": 0,
             "drawn": _drawn_bytes(section.draws),
@@ -436,7 +523,9 @@ class _Planner:
 
     # --- hardware ---------------------------------------------------------------------------------------------------------------------
 
-    def _teacher_device(self, device: str) -> str:
+    def _teacher_device(self, device: str) -> str | None:
+        if isinstance(self.teacher, EndpointTeacher):
+            return None
         asked = self.recipe.hardware.teacher_device
         if asked == "auto":
             return device
@@ -469,18 +558,20 @@ class _Planner:
             return asked
         return "bfloat16" if self._device() == "cuda" and torch.cuda.is_bf16_supported() else "float32"
 
-    def _teacher_dtype(self, dtype: str) -> Literal["float32", "bfloat16", "int8"]:
+    def _teacher_dtype(self, dtype: str) -> Literal["float32", "bfloat16", "int8"] | None:
+        if isinstance(self.teacher, EndpointTeacher):
+            return None
         asked = self.recipe.teacher.dtype
         return ("bfloat16" if dtype == "bfloat16" else "float32") if asked == "auto" else asked
 
-    def _packing(self, device: str, dtype: str, teacher_dtype: str, signal: Signal) -> list[Literal["student", "teacher"]]:
+    def _packing(self, device: str, dtype: str, teacher_dtype: str | None, signal: Signal) -> list[Literal["student", "teacher"]]:
         """Whose sequences can be laid end to end, tried on copies of two layers with weights that mean nothing."""
         asked = self.recipe.training.packing
         if asked == "off":
             return []
         place, arithmetic = torch.device(device), getattr(torch, dtype)
         tried = {"student": why_not_packed(self._outline(self.student), torch.float32, arithmetic, place)}
-        if signal.kind != "text":
+        if signal.kind != "text" and isinstance(self.teacher, ModelDescription) and teacher_dtype is not None:
             own = product_dtype(teacher_dtype)
             tried["teacher"] = why_not_packed(self._outline(self.teacher), own, own, place)
         faults = {whose: why for whose, why in tried.items() if why is not None}
@@ -544,14 +635,15 @@ class _Planner:
         recipe = self.recipe
         training = recipe.training
         dtype: torch.dtype = getattr(torch, hardware.dtype)
-        teacher_dtype = product_dtype(hardware.teacher_dtype)
+        teacher = self.teacher if isinstance(self.teacher, ModelDescription) else None
+        teacher_dtype = product_dtype(hardware.teacher_dtype or "float32")
         return Workload(
-            teacher=self._outline(self.teacher),
+            teacher=self._outline(teacher) if teacher is not None else None,
             student=self._outline(self.student),
             trainable=self.student.trainable,
             lora=lora_of(recipe),
             optimiser_offload=training.optimiser_offload,
-            mapped_bytes=0 if self.teacher.stored_dtype == _SAFETENSORS_NAMES.get(teacher_dtype) else self.teacher.weight_bytes,
+            mapped_bytes=0 if teacher is None or teacher.stored_dtype == _SAFETENSORS_NAMES.get(teacher_dtype) else teacher.weight_bytes,
             size=self.vocabulary.size,
             objective=self.objective,
             device=torch.device(hardware.device),
@@ -652,6 +744,30 @@ def _memory_available(device: str) -> int:
     if device == "cuda":
         return int(torch.cuda.mem_get_info()[0])
     return int(psutil.virtual_memory().available)
+
+
+def _facts_of_teacher(teacher: ModelDescription | EndpointTeacher) -> ModelFacts:
+    if isinstance(teacher, ModelDescription):
+        return _facts_of_description(teacher)
+    return ModelFacts(
+        source=teacher.source,
+        kind=teacher.ref.kind,
+        architecture=None,
+        parameters=None,
+        bytes=None,
+        layers=None,
+        width=None,
+        context_tokens=None,
+        rows=None,
+        licence=teacher.licence,
+        weights_sha256=None,
+    )
+
+
+def asking_of(recipe: Recipe, teacher: EndpointTeacher, renderer: Renderer) -> Asking:
+    """How this recipe asks: where the teacher's tokens are known, the completions route is sent them as they are."""
+    prompt_ids = renderer.prompt_ids if recipe.teacher.tokenizer is not None else None
+    return Asking(teacher.endpoint, recipe.generation.max_new_tokens, prompt_ids)
 
 
 def _facts_of_description(model: ModelDescription) -> ModelFacts:

@@ -213,7 +213,7 @@ class _Origin:
         """Whether records of this origin came from `source`."""
         match source.role:
             case "teacher":
-                return self.teacher == (Path(recipe.teacher.model).name if self.teacher_kind == "directory" else recipe.teacher.model)
+                return self.teacher == (Path(recipe.teacher.source).name if self.teacher_kind == "directory" else recipe.teacher.source)
             case "dataset":
                 return recipe.prompts.dataset != source.name or self.prompts == source.name
             case _:

@@ -9,10 +9,12 @@ import difflib
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from stillroom.collect.providers import GENERIC, provider_of
 from stillroom.core.errors import RecipeError
 from stillroom.core.hashing import canonical_json, sha256_hex
 from stillroom.entitlement.facts import FACTS, check_value
@@ -51,15 +53,54 @@ class FromTeacher(_Section):
     """Indices of the teacher's layers to keep, in order."""
 
 
-class TeacherSection(_Section):
-    """The model to learn from."""
+class EndpointSection(_Section):
+    """A teacher behind an OpenAI-compatible endpoint."""
 
-    model: str
+    url: Name
+    """Its base URL, such as https://host/v1: what OpenAI clients call base_url. No key belongs into it."""
+    model: Name
+    """The name that the endpoint knows the model by."""
+    route: Literal["chat", "completions"] = "chat"
+    """chat: the endpoint renders conversations itself. completions: it is sent text or, with teacher.tokenizer, token ids."""
+    key_variable: str | None = None
+    """The environment variable that holds the key. It is read when a request is sent, and written nowhere."""
+    allow_http: bool = False
+    """Let key, prompts and answers go to another machine in clear, where the network between is yours."""
+
+
+class TeacherSection(_Section):
+    """The model to learn from: exactly one of model, endpoint."""
+
+    model: str | None = None
     """A Hugging Face directory, or a hub id."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
+    endpoint: EndpointSection | None = None
+    tokenizer: str | None = None
+    """Only with endpoint: the teacher's own tokenizer, a directory or hub id. Without it answers are text, in the tokens of student.model."""
     dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
     """Of its arithmetic; auto: as hardware.dtype. int8: bfloat16, with linear layers kept in eight bits. docs/concepts.md says what each costs in exactness."""
+
+    @property
+    def source(self) -> str:
+        """What it is called: the directory, hub id or model name that the recipe gives."""
+        if self.endpoint is not None:
+            return self.endpoint.model
+        assert self.model is not None
+        return self.model
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> TeacherSection:
+        if (self.model is None) == (self.endpoint is None):
+            raise ValueError("give exactly one of model, endpoint")
+        stray = [
+            name for name, there in (("revision", self.revision is not None), ("dtype", self.dtype != "auto")) if there and self.endpoint is not None
+        ]
+        if self.endpoint is None and self.tokenizer is not None:
+            stray.append("tokenizer")
+        if stray:
+            raise ValueError(f"{' and '.join(stray)} says nothing of a teacher {'behind an endpoint' if self.endpoint else 'whose weights are here'}")
+        return self
 
 
 class LoraSection(_Section):
@@ -218,6 +259,29 @@ class IntentSection(_Section):
         assert info.field_name is not None
         checked = check_value(info.field_name, value)
         return tuple(sorted(checked)) if isinstance(checked, frozenset) else checked
+
+
+class CollectionSection(_Section):
+    """Only with teacher.endpoint: what may be spent, and how fast. All but top_logprobs and store may be changed while a run goes on."""
+
+    prices: str | None = None
+    """A YAML file of prices, dated; the guide on costs and caps has one. A cap in money needs the model's price in it."""
+    max_money: Annotated[float, Field(ge=0.0)] | None = None
+    """The most that the run may spend, in the currency of the prices: reserved before each request, so it cannot be passed."""
+    max_tokens: Annotated[int, Field(ge=0, le=_MOST)] | None = None
+    """The most that it may spend in tokens, prompts' and answers'. One of the two caps is needed; where the price is not known, this one."""
+    in_flight: Positive = 256
+    """The most requests at a time; how many there are is learnt from the endpoint."""
+    timeout_seconds: Annotated[float, Field(gt=0.0)] = 600.0
+    """How long one answer may take."""
+    top_logprobs: Literal["auto"] | Annotated[int, Field(ge=1, le=1000)] = "auto"
+    """How many alternatives to ask for at each token; auto: as many as the stored probe proved, at most targets.k, and none without a probe."""
+    store: str | None = None
+    """A request store to use, which may hold a probe and answers already; by default requests.sqlite in the run's directory."""
+
+
+# What may be raised or lowered between two parts of a run: it changes how answers are bought, and no answer.
+CHANGEABLE = ("prices", "max_money", "max_tokens", "in_flight", "timeout_seconds")
 
 
 class GenerationSection(_Section):
@@ -445,6 +509,7 @@ class Recipe(_Section):
     intent: IntentSection = IntentSection()
     student: StudentSection
     prompts: PromptsSection
+    collection: CollectionSection | None = None
     generation: GenerationSection = GenerationSection()
     targets: TargetsSection = TargetsSection()
     objective: ObjectiveSection = ObjectiveSection()
@@ -468,6 +533,27 @@ class Recipe(_Section):
                 "terms.generated_on is the day of answers that are given; here prompts.answers is teacher, which answers when the run does"
             )
         return self
+
+    @model_validator(mode="after")
+    def _an_endpoint_is_paid_for(self) -> Recipe:
+        endpoint = self.teacher.endpoint
+        if endpoint is None:
+            if self.collection is not None:
+                raise ValueError("collection is for a teacher.endpoint; here the teacher's weights are asked")
+            return self
+        provider = provider_of(_host_of(endpoint.url))
+        if self.terms.access == "weights" and provider is not GENERIC:
+            raise ValueError(
+                f"terms.access is weights, and the endpoint is {provider.name}'s: say api:{provider.name} for its own models, host:{provider.name} for others'"
+            )
+        if self.student.model is None and self.student.from_scratch is not None and self.teacher.tokenizer is None:
+            raise ValueError("student.from_scratch is built on the teacher's tokenizer: give teacher.tokenizer, or a student.model")
+        return self
+
+    @property
+    def buying(self) -> CollectionSection:
+        """The section `collection`, or its defaults."""
+        return self.collection or CollectionSection()
 
     @property
     def sha256(self) -> str:
@@ -518,12 +604,22 @@ class Recipe(_Section):
             return str(there.resolve()) if there.exists() else value
 
         tree = self.model_dump()
-        for section, key in (("teacher", "model"), ("student", "model"), ("prompts", "path"), ("evaluation", "path")):
+        paths = [("teacher", "model"), ("teacher", "tokenizer"), ("student", "model"), ("prompts", "path"), ("evaluation", "path")]
+        if tree["collection"]:
+            paths += [("collection", "prices"), ("collection", "store")]
+        for section, key in paths:
             tree[section][key] = settle(tree[section][key])
         if tree["evaluation"]["label_only"]:
             tree["evaluation"]["label_only"]["path"] = settle(tree["evaluation"]["label_only"]["path"])
         tree["terms"]["authorisations"] = [settle(path) for path in tree["terms"]["authorisations"]]
         return Recipe.model_validate(tree)
+
+
+def _host_of(url: str) -> str:
+    try:
+        return (urlsplit(url).hostname or "").lower()
+    except ValueError:
+        return ""  # what is wrong with it, the plan says
 
 
 def _as_recipe_error(error: ValidationError, name: str) -> RecipeError:

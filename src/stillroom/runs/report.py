@@ -123,6 +123,38 @@ class Making(Documented):
     money: Maybe
 
 
+class AskedRows(Documented):
+    """What became of what an endpoint was asked: requested = accepted + all rejected + all failed + pending."""
+
+    requested: int
+    accepted: int
+    rejected: dict[str, int]
+    """By reason."""
+    failed: dict[str, int]
+    """By reason."""
+    pending: int
+
+
+class Collection(Documented):
+    """What was asked of the teacher's endpoint, and what it cost. Of the whole request store, where several runs share one."""
+
+    rows: dict[str, AskedRows]
+    """By what they were asked for: collect, evaluate."""
+    logprobs_verified: int
+    """Answers whose log-probabilities passed verification."""
+    logprobs_demoted: dict[str, int]
+    """Answers whose log-probabilities did not, by reason."""
+    spent_tokens: Number
+    reserved_tokens: Number
+    """The worst case of attempts that may have been billed without our knowing. spent <= what the endpoint bills <= spent + reserved <= cap."""
+    spent_money: Maybe
+    reserved_money: Maybe
+    cap_tokens: Maybe
+    cap_money: Maybe
+    break_even_calls: Maybe
+    """After how many calls the student has cost as much as the teacher would have: collecting, training and the student's own calls together."""
+
+
 class Sample(Documented):
     """One evaluation item, side by side."""
 
@@ -187,6 +219,8 @@ class Report(Documented):
     fidelity: Fidelity
     cost: Cost
     making: Making
+    collection: Collection | None = None
+    """Only of a teacher behind an endpoint."""
     curves: list[CurvePoint]
     samples: list[Sample]
     """Disagreements first."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from stillroom.collect.spend import break_even_calls
 from stillroom.core import durable
 from stillroom.core.seeds import derive_seed
 from stillroom.core.statistics import Interval
@@ -22,6 +24,8 @@ from stillroom.runs.gates import read_decision
 from stillroom.runs.plan import Plan
 from stillroom.runs.report import (
     Absent,
+    AskedRows,
+    Collection,
     Cost,
     CurvePoint,
     Decision,
@@ -37,7 +41,7 @@ from stillroom.runs.report import (
     Report,
     Sample,
 )
-from stillroom.runs.summaries import Evaluation, Training, read
+from stillroom.runs.summaries import Bought, Evaluation, Training, read
 
 MODELS = ("teacher", "student", "student_before", "label_only")
 _SAMPLES = 60
@@ -51,12 +55,14 @@ def build_report(run: Run) -> Report:
     scores = {name: _scores(run, name) for name in MODELS}
     summary = read(run.evaluated_path, Evaluation)
     training = read(run.trained_path, Training)
+    bought = read(run.bought_path, Bought) if run.recipe.teacher.endpoint is not None and run.bought_path.exists() else None
     return Report(
         title=run.recipe.name,
         quality=_quality(run, scores),
         fidelity=_fidelity(run),
         cost=_cost(run),
-        making=_making(run, plan, summary, training),
+        making=_making(run, plan, summary, training, bought),
+        collection=_collection(run, bought, training) if bought is not None else None,
         curves=_curves(run.directory / "metrics.jsonl"),
         samples=_samples(scores["teacher"], scores["student"]),
         provenance=_provenance(run, plan, summary, training),
@@ -112,6 +118,9 @@ def _of_interval(interval: Interval, unit: str, source: str) -> Number:
 
 
 def _fidelity(run: Run) -> Fidelity:
+    if run.recipe.teacher.endpoint is not None:
+        why = Absent(absent="an endpoint gives no distributions over the student's text, and of its own text at most the likeliest tokens")
+        return Fidelity(forward_kl_nats=why, top1_agreement=why, acceptance=why)
     sums = read(run.evals_path / "fidelity.json", FidelitySums)
     resamples, seed = run.recipe.evaluation.resamples, derive_seed(run.recipe.seed, "fidelity")
     source = f"evals/fidelity.json: {sums.scored_tokens} tokens of the teacher's own answers, bootstrap over answers"
@@ -144,19 +153,19 @@ def _measured(found: Measured | Absence) -> Maybe:
 # --- the making -----------------------------------------------------------------------------------------------------------------------
 
 
-def _making(run: Run, plan: Plan, summary: Evaluation, training: Training) -> Making:
+def _making(run: Run, plan: Plan, summary: Evaluation, training: Training, bought: Bought | None) -> Making:
     collected = [json.loads(line) for line in durable.read_lines(run.collect_path)]
     written = sum(line["answer_tokens"] for line in collected) if run.recipe.prompts.answers == "teacher" else 0
     seconds = {"collect": sum(line["seconds"] for line in collected), "train": training.seconds, "evaluate": summary.seconds}
     if training.label_only_seconds is not None:
         seconds["label_only"] = training.label_only_seconds
-    rate = run.recipe.hardware.price_per_hour
+    rate, currency = run.recipe.hardware.price_per_hour, run.recipe.hardware.currency
     money: Maybe = Absent(absent="the recipe gives no hardware.price_per_hour")
     if rate is not None:
         spent = sum(seconds.values()) / 3600 * rate
-        money = Number(
-            value=spent, unit=run.recipe.hardware.currency, source=f"wall time of all stages at {rate:g} {run.recipe.hardware.currency} an hour"
-        )
+        money = Number(value=spent, unit=currency, source=f"wall time of all stages at {rate:g} {currency} an hour")
+    if bought is not None:
+        money = _with_requests(money, bought)
     return Making(
         prompts=Number(value=plan.prompts.count, unit="prompts", source="plan.json"),
         teacher_tokens=Number(value=written, unit="tokens", source="collect.jsonl: tokens the teacher wrote"),
@@ -167,6 +176,65 @@ def _making(run: Run, plan: Plan, summary: Evaluation, training: Training) -> Ma
         },
         money=money,
     )
+
+
+def _with_requests(machine: Maybe, bought: Bought) -> Maybe:
+    """What the requests cost, and the machine where its price is in the same currency."""
+    if bought.currency is None or bought.spent_money is None:
+        return Absent(absent="the teacher's price is not known")
+    value, source = float(bought.spent_money), f"requests.json: what the endpoint counted, at prices of {bought.prices_as_of}"
+    if isinstance(machine, Number) and machine.unit == bought.currency:
+        return Number(value=value + machine.value, unit=bought.currency, source=f"{source}; and {machine.source}")
+    return Number(value=value, unit=bought.currency, source=f"{source}; the machine's time is not in it")
+
+
+# --- what was asked of an endpoint ----------------------------------------------------------------------------------------------------
+
+
+def _collection(run: Run, bought: Bought, training: Training) -> Collection:
+    def tokens(value: int) -> Number:
+        return Number(value=value, unit="tokens", source="requests.json")
+
+    def money(value: str | None) -> Maybe:
+        if value is None or bought.currency is None:
+            return Absent(absent="the teacher's price is not known")
+        return Number(value=float(value), unit=bought.currency, source=f"requests.json, at prices of {bought.prices_as_of}")
+
+    no_cap = Absent(absent="the recipe sets none")
+    return Collection(
+        rows={purpose: AskedRows(**rows.model_dump()) for purpose, rows in bought.rows.items()},
+        logprobs_verified=bought.verified,
+        logprobs_demoted=bought.demoted,
+        spent_tokens=tokens(bought.spent_tokens),
+        reserved_tokens=tokens(bought.reserved_tokens),
+        spent_money=money(bought.spent_money),
+        reserved_money=money(bought.reserved_money),
+        cap_tokens=no_cap if bought.cap_tokens is None else tokens(bought.cap_tokens),
+        cap_money=no_cap if bought.cap_money is None else money(bought.cap_money),
+        break_even_calls=_break_even(run, bought, training),
+    )
+
+
+def _break_even(run: Run, bought: Bought, training: Training) -> Maybe:
+    """By what was spent on an answer on average, and what the machine costs while the student trains and while it gives one answer alone."""
+    hardware, student = run.recipe.hardware, read(run.evals_path / "cost.json", CostMeasurements).student
+    if bought.currency is None or bought.spent_money is None:
+        return Absent(absent="the teacher's price is not known")
+    if hardware.price_per_hour is None or hardware.currency != bought.currency or isinstance(student.latency_p50_seconds, Absence):
+        return Absent(absent=f"hardware.price_per_hour, in {bought.currency}, is not given")
+    hour = Decimal(str(hardware.price_per_hour)) / 3600
+    answered = sum(rows.accepted + sum(rows.rejected.values()) for rows in bought.rows.values())
+    spent = Decimal(bought.spent_money)
+    found = break_even_calls(
+        spent,
+        hour * Decimal(str(training.seconds)),
+        spent / answered if answered else None,
+        hour * Decimal(str(student.latency_p50_seconds.value)),
+    )
+    if found.calls is None:
+        return Absent(absent=found.reason or "it never does")
+    source = "requests.json, training.json, evals/cost.json: the least number of calls that would have cost the teacher's price as much; one answer at a time"
+    return Number(value=found.calls, unit="calls", source=source)
 
 
 def _curves(metrics: Path) -> list[CurvePoint]:

@@ -23,8 +23,9 @@ from stillroom.models.local import LocalTeacher
 from stillroom.models.memory import release_memory
 from stillroom.models.packing import require_packing
 from stillroom.models.parallel import Processes, join, mode_of
+from stillroom.runs.buying import COMPARE, BoughtAnswers, Purchases
 from stillroom.runs.card import student_card
-from stillroom.runs.collecting import Collector
+from stillroom.runs.collecting import Answering, Collector, LocalAnswers
 from stillroom.runs.directory import STATES, Run, environment
 from stillroom.runs.evaluating import Evaluator
 from stillroom.runs.gates import Gates
@@ -108,6 +109,9 @@ class Stages:
             torch.set_num_threads(prepared.plan.hardware.threads)
             torch.use_deterministic_algorithms(True, warn_only=True)
             if self.run.state != "new" and self.processes.is_first:
+                # A cap may have been raised since.
+                if durable.read_json(self.run.recipe_path) != (recipe := self.run.recipe.model_dump(mode="json")):
+                    durable.write_json_atomic(self.run.recipe_path, recipe)
                 self.gates.keep(prepared.verdict)
             self._prepared = prepared
         return self._prepared
@@ -124,14 +128,21 @@ class Stages:
         for warning in plan.warnings:
             self.observer.note(f"warning: {warning}")
         self.observer.note(
-            f"teacher {plan.teacher.parameters:,} parameters, "
+            f"teacher {plan.teacher.source if plan.teacher.parameters is None else f'{plan.teacher.parameters:,} parameters'}, "
             f"student {plan.student.parameters:,}; signal {plan.signal.kind}; about {sum(plan.estimate.seconds.values()) / 60:.1f} minutes"
         )
 
     def _collect(self) -> None:
         prepared = self.prepared
         self.observer.stage("collect", f"the teacher answers {prepared.plan.prompts.count:,} prompts")
-        Collector(self.run, prepared, self._teacher(), self._ledger(), self.gates, self.observer, self.stop).collect()
+        if prepared.endpoint_teacher is None:
+            self._collect_from(LocalAnswers(prepared, self._teacher()))
+            return
+        with Purchases.opened(self.run, prepared, self.observer, self.stop) as purchases:
+            self._collect_from(BoughtAnswers(purchases, self.run))
+
+    def _collect_from(self, answering: Answering) -> None:
+        Collector(self.run, self.prepared, answering, self._ledger(), self.gates, self.observer, self.stop).collect()
 
     def _train(self) -> None:
         # The first prepares before the others look: what is fetched, is fetched once, and a refusal is the first's to say.
@@ -145,7 +156,14 @@ class Stages:
 
     def _evaluate(self) -> None:
         self.observer.stage("evaluate", "teacher, student and baseline on the same items")
-        Evaluator(self.run, self.prepared, self._teacher(), self._ledger(), self.observer, self.stop).evaluate()
+        if self.prepared.endpoint_teacher is None:
+            self._evaluate_with(self._teacher())
+            return
+        with Purchases.opened(self.run, self.prepared, self.observer, self.stop) as purchases:
+            self._evaluate_with(purchases)
+
+    def _evaluate_with(self, teacher: LocalTeacher | Purchases) -> None:
+        Evaluator(self.run, self.prepared, teacher, self._ledger(), self.observer, self.stop).evaluate()
 
     def _report(self) -> None:
         self.observer.stage("report", "writing report.json and report.html")
@@ -164,15 +182,24 @@ class Stages:
 def compare(run: Run, *, prompt: str | None, file: Path | None) -> list[tuple[str, str, str]]:
     """Prompt, teacher's answer, student's answer, for one prompt or for each of a file."""
     run.require("trained", "train")
-    prepared = prepare(run.recipe, planned=_plan_of(run))
+    behind_endpoint = run.recipe.teacher.endpoint is not None
+    prepared = prepare(run.recipe, out=run.directory, planned=_plan_of(run), gate=behind_endpoint)
     asked = (Prompt.of(prompt),) if prompt is not None else load_prompts(file).prompts
     ids = [prepared.renderer.prompt_ids(one) for one in asked]
     sampling = Sampling(max_new_tokens=run.recipe.generation.max_new_tokens)
-    teacher = teacher_of(prepared)
+    teacher = None if behind_endpoint else teacher_of(prepared)
     with whole_student(run, prepared, run.directory / f".merged-{os.getpid()}") as directory:
         model = load_model(describe(str(directory)), prepared.dtype, prepared.device)
-    student = LocalTeacher(model, teacher.ref, teacher.vocabulary)
-    answers = ([prepared.renderer.answer_text(completion) for completion in model.generate(ids, sampling)] for model in (teacher, student))
+    student = LocalTeacher(model, prepared.teacher.ref, prepared.teacher_vocabulary)
+
+    def written(by: LocalTeacher) -> list[str]:
+        return [prepared.renderer.answer_text(completion) for completion in by.generate(ids, sampling)]
+
+    if teacher is None:
+        with run.locked(), Purchases.opened(run, prepared, Silent(), None) as purchases:
+            answers = [purchases.texts(COMPARE, asked), written(student)]
+    else:
+        answers = [written(teacher), written(student)]
     return [(one.content, *pair) for one, *pair in zip(asked, *answers, strict=True)]
 
 
@@ -186,11 +213,11 @@ def teacher_of(prepared: Prepared) -> LocalTeacher:
     hardware = prepared.plan.hardware
     if hardware.teacher_dtype == "int8":
         # In the processor's memory, so that the device needs room for what is left of it alone.
-        model = load_model(prepared.teacher, prepared.teacher_dtype)
+        model = load_model(prepared.local_teacher, prepared.teacher_dtype)
         quantise(model)
         torch.nn.Module.to(model, prepared.teacher_device)
     else:
-        model = load_model(prepared.teacher, prepared.teacher_dtype, prepared.teacher_device)
+        model = load_model(prepared.local_teacher, prepared.teacher_dtype, prepared.teacher_device)
     if "teacher" in hardware.packing:
         require_packing(model, "teacher")
     if prepared.recipe.hardware.compile:

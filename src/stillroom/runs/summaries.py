@@ -62,6 +62,40 @@ class Evaluation(Documented):
     ledger_entries: int
 
 
+class Rows(Documented):
+    """What became of what was asked: requested = accepted + all rejected + all failed + pending."""
+
+    requested: int
+    accepted: int
+    rejected: dict[str, int] = Field(default_factory=dict)
+    """By reason."""
+    failed: dict[str, int] = Field(default_factory=dict)
+    """By reason."""
+    pending: int = 0
+
+
+class Bought(Documented):
+    """requests.json: what the request store has and what it cost, when collecting and when evaluating had ended. Amounts of money are exact decimals."""
+
+    rows: dict[str, Rows]
+    """By what they were asked for: collect, evaluate."""
+    verified: int
+    """Answers whose log-probabilities passed."""
+    demoted: dict[str, int]
+    """Answers whose log-probabilities did not, by reason."""
+    attempts: int
+    unknown: int
+    """Attempts that may have been billed without our knowing: their worst case is reserved."""
+    spent_tokens: int
+    reserved_tokens: int
+    currency: str | None
+    spent_money: str | None
+    reserved_money: str | None
+    cap_tokens: int | None
+    cap_money: str | None
+    prices_as_of: str | None
+
+
 def read(path: Path, model: type[M]) -> M:
     """The typed content of a JSON file of the run directory. Raises RunError 'run-corrupt', naming the field that is not as it should be."""
     tree = durable.read_json(path)

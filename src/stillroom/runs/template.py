@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from stillroom.runs.documented import descriptions
-from stillroom.runs.recipe import CompetesSection, FromScratch, LabelOnlySection, LoraSection, Recipe
+from stillroom.runs.recipe import CollectionSection, CompetesSection, EndpointSection, FromScratch, LabelOnlySection, LoraSection, Recipe
 
 _HEAD = """\
 # A recipe: everything a run depends on.
@@ -21,6 +21,14 @@ _HEAD = """\
 
 _EXAMPLES: dict[str, Any] = {
     "teacher.model": "path/to/teacher",
+    "teacher.endpoint.url": "https://api.example.com/v1",
+    "teacher.endpoint.model": "example-large",
+    "teacher.endpoint.key_variable": "EXAMPLE_API_KEY",
+    "teacher.tokenizer": "path/to/tokenizer",
+    "collection.prices": "prices.yaml",
+    "collection.max_money": 5,
+    "collection.max_tokens": 1000000,
+    "collection.store": "requests.sqlite",
     "terms.model": "owner/name",
     "terms.licence": "Apache-2.0",
     "terms.base_model": "owner/name",
@@ -57,6 +65,8 @@ _EXAMPLES: dict[str, Any] = {
 # Optional sections and values that the template shows uncommented.
 _SHOWN = {"teacher.model", "student", "student.from_scratch", "prompts", "prompts.path"}
 _OPTIONAL_SECTIONS: dict[str, type[BaseModel]] = {
+    "teacher.endpoint": EndpointSection,
+    "collection": CollectionSection,
     "intent.competes": CompetesSection,
     "student.from_scratch": FromScratch,
     "student.lora": LoraSection,

@@ -145,12 +145,15 @@ class Trainer:
             settings,
             dtype=self.prepared.dtype,
             rows_per_chunk=training.rows_per_chunk,
-            projections=new_projections(
-                matches, student_width=self.prepared.student.shape.width, teacher_width=self.prepared.teacher.shape.width, seed=self._seed
-            ),
+            projections=new_projections(matches, student_width=self.prepared.student.shape.width, teacher_width=self._teacher_width, seed=self._seed),
             processes=self.processes,
             sharding=sharding,
         )
+
+    @property
+    def _teacher_width(self) -> int:
+        """Only terms on hidden states look at it, and those are for a teacher whose weights are here."""
+        return 0 if self.prepared.endpoint_teacher is not None else self.prepared.local_teacher.shape.width
 
     def _engine(self, model: PreTrainedModel) -> PreTrainedModel:
         """The same model, going through its passes as recipe and plan say."""
@@ -322,7 +325,7 @@ def untrained_on_cpu(prepared: Prepared, teacher: LocalTeacher | None) -> PreTra
     if section.from_teacher is not None:
         # A teacher that computes in less than float32 has lost what its files have.
         whole = teacher is not None and prepared.plan.hardware.teacher_dtype == "float32"
-        return build_from_teacher(teacher.model if teacher is not None and whole else prepared.teacher, section.from_teacher.layers)
+        return build_from_teacher(teacher.model if teacher is not None and whole else prepared.local_teacher, section.from_teacher.layers)
     shape = section.from_scratch
     assert shape is not None
     return build_from_scratch(

@@ -27,6 +27,7 @@ _CONTENTS = (
     ("samples", "Samples"),
     ("cost", "Cost to run"),
     ("making", "Cost to make"),
+    ("collection", "The endpoint"),
     ("provenance", "Provenance"),
     ("reproduce", "How to reproduce"),
     ("obligations", "Obligations"),
@@ -49,6 +50,7 @@ def render(report: dict[str, Any], *, metrics: list[dict[str, Any]] | None = Non
         results.side_by_side(report),
         record.costs(report),
         record.making(report),
+        record.collection(report),
         record.provenance(report),
         record.reproduce(report),
         record.obligations(report),
@@ -58,7 +60,7 @@ def render(report: dict[str, Any], *, metrics: list[dict[str, Any]] | None = Non
         ),
     )
     skip = el("a", "Skip to the results", href="#quality", class_="skip")
-    body = el("body", skip, el("div", results.summary(report), _contents(), main, class_="page"), el("script", script))
+    body = el("body", skip, el("div", results.summary(report), _contents(report), main, class_="page"), el("script", script))
     return "<!doctype html>\n" + el("html", _head(report, style, script), body, lang="en") + "\n"
 
 
@@ -77,8 +79,9 @@ def _head(report: dict[str, Any], style: Html, script: Html) -> Html:
     )
 
 
-def _contents() -> Html:
-    return el("nav", el("ol", [el("li", el("a", title, href=f"#{anchor}")) for anchor, title in _CONTENTS]), aria_label="Contents")
+def _contents(report: dict[str, Any]) -> Html:
+    there = [entry for entry in _CONTENTS if entry[0] != "collection" or report.get("collection")]
+    return el("nav", el("ol", [el("li", el("a", title, href=f"#{anchor}")) for anchor, title in there]), aria_label="Contents")
 
 
 def _resource(name: str) -> Html:

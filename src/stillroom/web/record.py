@@ -64,6 +64,48 @@ def making(report: Node) -> Html:
     return section("making", "What it took to make", table("Tokens, time and money", ["What", "Amount"], rows, class_="numbers making"))
 
 
+def collection(report: Node) -> Html | None:
+    """What was asked of the teacher's endpoint and what became of it; nothing where the teacher was here."""
+    node: Mapping[str, Any] | None = dig(report, "collection")
+    if not node:
+        return None
+    rows: list[list[Child]] = []
+    for purpose, found in (node.get("rows") or {}).items():
+        rows.append([el("bdi", str(purpose)), *(_number(found.get(key)) for key in ("requested", "accepted")), _by_reason(found.get("rejected")),
+                     _by_reason(found.get("failed")), _number(found.get("pending"))])  # fmt: skip
+    heads = ["Asked for", "Requested", "Accepted", "Rejected", "Failed", "Pending"]
+    names = (
+        ("spent_tokens", "Tokens spent"), ("reserved_tokens", "Tokens reserved"), ("cap_tokens", "Cap in tokens"), ("spent_money", "Money spent"),
+        ("reserved_money", "Money reserved"), ("cap_money", "Cap in money"), ("break_even_calls", "Calls to break even"),
+    )  # fmt: skip
+    amounts: list[list[Child]] = []
+    for key, name in names:
+        reading = read(report, "collection", key)
+        is_money = key.endswith("money")
+        amounts.append([name, shown(reading, f.money(reading.unit if isinstance(reading, Measured) else "") if is_money else f.count)])
+    words = join(
+        "Log-probabilities of ", _number(node.get("logprobs_verified")), " answers passed verification, and of ", _by_reason(node.get("logprobs_demoted")),
+        " did not. What is reserved may have been billed without an answer.",
+    )  # fmt: skip
+    return section(
+        "collection",
+        "What was asked of the endpoint",
+        lead(words),
+        table("Rows by what became of them", heads, rows, class_="numbers"),
+        table("Spent, reserved and allowed", ["What", "Amount"], amounts, class_="numbers making"),
+    )
+
+
+def _number(value: Any) -> Html:
+    return el("data", f"{value:,}" if isinstance(value, int) else "not recorded", value=str(value))
+
+
+def _by_reason(counts: Any) -> Child:
+    if not isinstance(counts, Mapping) or not counts:
+        return "0"
+    return el("bdi", ", ".join(f"{count} {str(reason).replace('-', ' ')}" for reason, count in counts.items()))
+
+
 def _stage_rows(report: Node) -> list[list[Child]]:
     stages = dig(report, "making", "wall_seconds") or {}
     readings = {name: read(stages, name) for name in _ordered(tuple(_STAGES), stages)}

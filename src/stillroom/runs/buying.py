@@ -1,0 +1,398 @@
+"""What a run asks of an endpoint, for collecting, evaluating and comparing alike: one store, one account, one loop; nothing is bought twice.
+
+A row is named by its purpose, its prompt and its call, so that what is asked again is known again, and another setting is another row. Log-probabilities
+that passed verification are in Parquet files beside the store, which name their answers, and are read from there alone: what a run learns from is the
+same whether it was interrupted or not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy
+
+from stillroom.collect.collector import Collector, Policy, Progress, Reader
+from stillroom.collect.logprobs import TokenIndex, Verified, read, top_k_targets, write_shard
+from stillroom.collect.packing import unpack
+from stillroom.collect.rate import RateController
+from stillroom.collect.spend import in_units
+from stillroom.collect.store import RequestStore, Row, StoredRow
+from stillroom.collect.transport import open_transport
+from stillroom.collect.wire import Answer, Call
+from stillroom.core import durable
+from stillroom.core.errors import SpendCapReached
+from stillroom.core.identities import TokenIds, TokenSequence
+from stillroom.core.interrupts import StopRequest
+from stillroom.data import Prompt
+from stillroom.ledger.entries import Response
+from stillroom.models.local import text_targets
+from stillroom.objectives.tensors import as_arrays
+from stillroom.runs.collecting import Answered, given_answer
+from stillroom.runs.directory import Run
+from stillroom.runs.endpoints import EndpointTeacher, obtainable
+from stillroom.runs.observer import Observer
+from stillroom.runs.planning import Prepared, asking_of
+from stillroom.runs.summaries import Bought, Rows
+from stillroom.targets.kinds import Targets, TopKTargets
+from stillroom.targets.rows import concatenate, slice_targets
+from stillroom.targets.store import StoredRecord
+
+# Answers whose log-probabilities go into one file.
+_SHARD = 512
+_SHELVE_SECONDS = 2.0
+# Of the other ids in a row that is known to be one id: so little that it is nothing in float32 beside 1.
+_NOTHING_NATS = -60.0
+COLLECT, EVALUATE, COMPARE = "collect", "evaluate", "compare"
+
+
+class Purchases:
+    """The request store of one run, open; made by `opened`."""
+
+    def __init__(self, prepared: Prepared, teacher: EndpointTeacher, store: RequestStore, observer: Observer, stop: StopRequest | None) -> None:
+        self.prepared, self.teacher, self.store = prepared, teacher, store
+        self.observer, self.stop = observer, stop
+        self.seconds = 0.0
+        self._asking = asking_of(prepared.recipe, teacher, prepared.renderer)
+        self._rows: dict[str, StoredRow] = {}
+
+    @classmethod
+    @contextmanager
+    def opened(cls, run: Run, prepared: Prepared, observer: Observer, stop: StopRequest | None) -> Iterator[Purchases]:
+        """Opens the store, makes it where there is none, and lets it buy under the recipe's caps. Raises as RequestStore.open and `permit` do."""
+        teacher = prepared.endpoint_teacher
+        assert teacher is not None
+        place = teacher.store or run.requests_path
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with RequestStore.open(place) as store:
+            store.permit(teacher.endpoint, teacher.price, teacher.caps)
+            yield cls(prepared, teacher, store, observer, stop)
+
+    def buy(self, purpose: str, prompts: Sequence[Prompt], *, temperature: float, top_logprobs: int | None = None) -> list[str]:
+        """The names of the rows that have these prompts' answers, each of which has ended: answered, or failed for good.
+
+        Raises Interrupted, SpendCapReached, CollectError as the collector does: what was bought is kept, and the same call goes on.
+        """
+        names, calls = [], [self._asking.call(prompt, temperature=temperature, top_logprobs=top_logprobs) for prompt in prompts]
+        for prompt, call in zip(prompts, calls, strict=True):
+            names.append(_name(purpose, prompt, call))
+        self.store.request(Row(row=name, prompt=prompt.id, call=call) for name, prompt, call in zip(names, prompts, calls, strict=True))
+        began = time.monotonic()
+        if self.store.pending(1):
+            try:
+                asyncio.run(self._collect(len(prompts)))
+            except SpendCapReached as error:
+                raise self._cap_reached(error) from error
+        self.seconds += time.monotonic() - began
+        self._shelve(1)
+        wanted = set(names)
+        self._rows |= {row.row: replace(row, answer=None) for row in self.store.rows() if row.row in wanted}
+        return names
+
+    def row(self, name: str) -> StoredRow:
+        """What became of a row that `buy` has named, without its answer."""
+        return self._rows[name]
+
+    def texts(self, purpose: str, prompts: Sequence[Prompt]) -> list[str]:
+        """Greedy answers, which are accepted as they are; an empty one where the endpoint gave none."""
+        names = self.buy(purpose, prompts, temperature=0.0)
+        self.store.accept(name for name in names if self.row(name).state == "answered")
+        return [answer.text if (answer := self.store.answer(self.row(name).key)) is not None else "" for name in names]
+
+    def verified(self, row: StoredRow) -> Verified | None:
+        """Its log-probabilities, where they were believed."""
+        if row.logprobs is None:
+            return None
+        shard, place = row.logprobs
+        return read(self._shards / shard, [place])[0][1]
+
+    # -- the loop ----------------------------------------------------------------------------------------------------------------
+
+    async def _collect(self, rows: int) -> None:
+        section = self.prepared.recipe.buying
+        transport = open_transport()
+        collector = Collector(
+            transport,
+            self.store,
+            self.teacher.endpoint,
+            parse=reader_of(self.prepared),
+            controller=RateController(time.monotonic, largest_concurrency=section.in_flight, state=self.store.recall("rates", self.teacher.endpoint)),
+            policy=self._policy(),
+            stop=self.stop,
+            progress=lambda progress: self._tell(progress, rows),
+        )
+        shelving = asyncio.create_task(self._shelve_as_they_come())
+        try:
+            await collector.collect()
+        finally:
+            shelving.cancel()
+            with suppress(asyncio.CancelledError):
+                await shelving
+            await transport.close()
+
+    def _policy(self) -> Policy:
+        """With a tokenizer responses are read here: it would have to go to another process with each of them."""
+        policy = Policy(timeout_seconds=self.prepared.recipe.buying.timeout_seconds)
+        return replace(policy, decoders=0) if self.prepared.plan.signal.kind == "top_k" else policy
+
+    def _tell(self, progress: Progress, rows: int) -> None:
+        spent = f"{progress.spend.settled.tokens:,} tokens"
+        if progress.spend.currency is not None:
+            spent = f"{in_units(progress.spend.settled.money):.4f} {progress.spend.currency}"
+        done = {"requests/s": f"{progress.requests_per_second:,.1f}", "spent": spent}
+        self.observer.progress(min(rows, progress.answered + progress.failed), rows, "answers", done)
+
+    def _cap_reached(self, error: SpendCapReached) -> SpendCapReached:
+        counts = self.store.counts()
+        bought = counts.accepted + sum(counts.rejected.values()) + counts.answered
+        return SpendCapReached(
+            "spend-cap-reached",
+            may_fit_later=error.may_fit_later,
+            found=f"{bought:,} of {counts.requested:,} rows are bought, {counts.pending - counts.answered:,} are missing; {error.found}",
+            expected=error.expected,
+            why=error.why,
+            do="Raise collection.max_money or collection.max_tokens and give the same command again: what was bought is kept, and is not paid for again.",
+        )
+
+    # -- log-probabilities ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def _shards(self) -> Path:
+        return self.store.path.with_name(f"{self.store.path.stem}-logprobs")
+
+    async def _shelve_as_they_come(self) -> None:
+        while True:
+            await asyncio.sleep(_SHELVE_SECONDS)
+            await asyncio.to_thread(self._shelve, _SHARD)
+
+    def _shelve(self, at_least: int) -> None:
+        """Moves what waits in the store into files of `_SHARD` answers, as long as there are `at_least` so many. A file is named by its first answer, so
+        that one that a crash left unnamed is written again in its place.
+        """
+        while len(waiting := self.store.unshelved(_SHARD)) >= at_least:
+            self._shards.mkdir(exist_ok=True)
+            keys = [key for key, _ in waiting]
+            shard = f"{keys[0]}.parquet"
+            write_shard(self._shards / shard, [(key, unpack(packed)) for key, packed in waiting])
+            self.store.shelve(shard, keys)
+
+    # -- what it came to -----------------------------------------------------------------------------------------------------------
+
+    def summary(self) -> Bought:
+        """Rows and spend of the whole store, as they are now."""
+        rows: dict[str, list[StoredRow]] = {}
+        verified, demoted = 0, Counter[str]()
+        for row in self.store.rows():
+            rows.setdefault(row.row.partition("/")[0] if "/" in row.row else "other", []).append(replace(row, answer=None))
+            verified += row.logprobs is not None
+            if row.demoted is not None:
+                demoted[row.demoted.partition(":")[0]] += 1
+        self.store.counts().require_conserved()
+        spend = self.store.spend()
+        priced = spend.currency is not None
+        return Bought(
+            rows={purpose: _counted(some) for purpose, some in rows.items()},
+            verified=verified,
+            demoted=dict(demoted.most_common()),
+            attempts=spend.attempts,
+            unknown=spend.unknown,
+            spent_tokens=spend.settled.tokens,
+            reserved_tokens=spend.reserved.tokens,
+            currency=spend.currency,
+            spent_money=f"{in_units(spend.settled.money):f}" if priced else None,
+            reserved_money=f"{in_units(spend.reserved.money):f}" if priced else None,
+            cap_tokens=spend.caps.tokens,
+            cap_money=None if spend.caps.money is None else f"{in_units(spend.caps.money):f}",
+            prices_as_of=None if self.teacher.price is None else self.teacher.price.as_of.isoformat(),
+        )
+
+    def write_summary(self, run: Run) -> None:
+        """requests.json."""
+        durable.write_json_atomic(run.bought_path, self.summary().model_dump(mode="json"))
+
+
+def _name(purpose: str, prompt: Prompt, call: Call) -> str:
+    return f"{purpose}/{prompt.id}/{call.key[:16]}"
+
+
+def _counted(rows: Sequence[StoredRow]) -> Rows:
+    ends = [(row.verdict or ("failed" if row.state == "failed" else "pending"), row.reason or "") for row in rows]
+    reasons = {end: Counter(reason for other, reason in ends if other == end) for end in ("rejected", "failed")}
+    return Rows(
+        requested=len(rows),
+        accepted=sum(end == "accepted" for end, _ in ends),
+        rejected=dict(reasons["rejected"].most_common()),
+        failed=dict(reasons["failed"].most_common()),
+        pending=sum(end == "pending" for end, _ in ends),
+    )
+
+
+def reader_of(prepared: Prepared) -> Reader:
+    """How this run reads responses; log-probabilities are checked against the teacher's tokenizer."""
+    teacher = prepared.endpoint_teacher
+    assert teacher is not None
+    if prepared.plan.signal.kind != "top_k":
+        return Reader()
+    found = obtainable(prepared.recipe, teacher, prepared.teacher_vocabulary.size)
+    return Reader(
+        index=TokenIndex(prepared.teacher_vocabulary), reported_after_temperature=found.reported == "after", usage_trusted=found.usage_trusted
+    )
+
+
+# -- answers as records ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class BoughtAnswers:
+    """Answers to prompts, and their targets, from a store: `collecting.Answering` for a teacher behind an endpoint."""
+
+    purchases: Purchases
+    run: Run
+
+    def __post_init__(self) -> None:
+        self.prepared = self.purchases.prepared
+        self._names: dict[str, str] = {}
+        self._share = 0.0
+
+    @property
+    def _top_k(self) -> bool:
+        return self.prepared.plan.signal.kind == "top_k"
+
+    def begin(self, prompts: Sequence[Prompt], missing: int) -> None:
+        """Buys every answer that is not there yet; `missing` prompts have no record so far."""
+        recipe = self.prepared.recipe
+        if recipe.prompts.answers == "given":
+            return
+        asked = [prompt for prompt in prompts if self._fits(self.prepared.renderer.prompt_ids(prompt))]
+        names = self.purchases.buy(
+            COLLECT,
+            asked,
+            temperature=recipe.generation.sampling_temperature,
+            top_logprobs=_asked_logprobs(self.prepared) if self._top_k else None,
+        )
+        self._names = {prompt.id: name for prompt, name in zip(asked, names, strict=True)}
+        self._share = self.purchases.seconds / max(1, missing)
+
+    def seconds_each(self) -> float:
+        """The wall time of buying, for each prompt that had no record."""
+        return self._share
+
+    def _fits(self, ids: TokenIds) -> bool:
+        return len(ids) + self.prepared.recipe.generation.max_new_tokens <= self.prepared.context_tokens
+
+    def answers(self, number: int, prompts: Sequence[Prompt]) -> list[Answered]:
+        """What came of each prompt of a part."""
+        if self.prepared.recipe.prompts.answers == "given":
+            return [given_answer(self.prepared, prompt) for prompt in prompts]
+        return [self._answered(prompt) for prompt in prompts]
+
+    def _answered(self, prompt: Prompt) -> Answered:
+        renderer = self.prepared.renderer
+        asked = renderer.prompt_ids(prompt)
+        nothing = Answered(prompt=prompt, prompt_tokens=len(asked))
+        if prompt.id not in self._names:
+            return nothing
+        row = self.purchases.row(self._names[prompt.id])
+        answer = self.purchases.store.answer(row.key)
+        if answer is None:
+            return replace(nothing, left_out="no-answer")
+        nothing = replace(nothing, answer=answer.text)
+        if answer.thinking == "unterminated":
+            return replace(nothing, left_out="unterminated-reasoning")
+        verified = self.purchases.verified(row) if self._top_k else None
+        if self._top_k and verified is None:
+            return replace(nothing, left_out="unverified-logprobs")
+        finished = self._is_finished(answer, verified)
+        if verified is not None:
+            sequence, targets = self._verified_record(prompt, verified, finished)
+        else:
+            sequence, targets = self._text_record(prompt, answer, finished), None
+        if not sequence.scored_rows:
+            return replace(nothing, left_out="empty-answer")
+        usage = answer.usage
+        return Answered(
+            prompt=prompt,
+            prompt_tokens=len(asked),
+            sequence=sequence,
+            answer=answer.text,
+            answer_tokens=len(sequence.ids) - len(asked),
+            finished=finished,
+            targets=targets,
+            response=Response(model=answer.model, id=answer.response_id, fingerprint=answer.fingerprint),
+            counted=None if usage is None else (usage.prompt_tokens, usage.completion_tokens, usage.reasoning_tokens),
+        )
+
+    def _is_finished(self, answer: Answer, verified: Verified | None) -> bool:
+        """Some endpoints say `stop` of an answer that they cut: one that has all the tokens that it was allowed, and no end token, is cut."""
+        most, usage = self.prepared.recipe.generation.max_new_tokens, answer.usage
+        if verified is not None and verified.ended:
+            return True
+        return answer.finish_reason != "length" and (usage is None or usage.completion_tokens < most)
+
+    def _text_record(self, prompt: Prompt, answer: Answer, finished: bool) -> TokenSequence:
+        sequence = self.prepared.renderer.sequence(prompt, answer.text)
+        if finished or sequence.ids[-1] not in self.prepared.teacher_vocabulary.end_ids:
+            return sequence
+        # A cut answer has no end, and nothing is to be learned from one that was put there.
+        *spans, (start, stop) = sequence.answer_spans
+        last = ((start, stop - 1),) if stop - 1 > start else ()
+        return TokenSequence(ids=sequence.ids[:-1], answer_spans=(*spans, *last))
+
+    def _verified_record(self, prompt: Prompt, verified: Verified, finished: bool) -> tuple[TokenSequence, Targets]:
+        """The teacher's own tokens with what it listed at each. Earlier answers of a conversation have no distributions, and are not scored.
+
+        An endpoint may say that an answer has ended without an entry for its end token: that row is then the end token alone.
+        """
+        vocabulary, signal = self.prepared.teacher_vocabulary, self.prepared.plan.signal
+        targets = top_k_targets(verified, vocabulary, signal.k, signal.target_temperature)
+        completion = tuple(int(index) for index in verified.ids_T)
+        if finished and not verified.ended and completion:
+            end = self._end_id(prompt)
+            completion, targets = (*completion, end), concatenate([targets, _certain(end, targets)])
+        sequence = self.prepared.renderer.sequence(prompt, completion=completion)
+        return replace(sequence, answer_spans=sequence.answer_spans[-1:] if completion else ()), targets
+
+    def _end_id(self, prompt: Prompt) -> int:
+        return self.prepared.renderer.sequence(prompt, "x").ids[-1]
+
+    def stored(self, answered: Sequence[Answered]) -> list[StoredRecord]:
+        """Each sequence with its targets."""
+        sequences = [one.sequence for one in answered if one.sequence is not None]
+        if not sequences:
+            return []
+        if self._top_k:
+            return [
+                StoredRecord(sequence=one.sequence, targets=one.targets) for one in answered if one.sequence is not None and one.targets is not None
+            ]
+        targets, records, start = as_arrays(text_targets(sequences, self.prepared.teacher_vocabulary)), [], 0
+        for sequence in sequences:
+            stop = start + len(sequence.scored_rows)
+            records.append(StoredRecord(sequence=sequence, targets=slice_targets(targets, start, stop)))
+            start = stop
+        return records
+
+    def decided(self, reasons: dict[str, str | None]) -> None:
+        """Enters what became of each prompt's answer (None: it was kept), and writes requests.json."""
+        rows = [(name, reasons.get(prompt)) for prompt, name in self._names.items() if self.purchases.row(name).state == "answered"]
+        self.purchases.store.accept(name for name, reason in rows if reason is None)
+        self.purchases.store.reject((name, reason) for name, reason in rows if reason is not None)
+        self.purchases.write_summary(self.run)
+
+
+def _asked_logprobs(prepared: Prepared) -> int:
+    """How many alternatives to ask for: those that are kept."""
+    return prepared.plan.signal.k
+
+
+def _certain(end: int, beside: TopKTargets) -> TopKTargets:
+    """A row in which `end` has all the mass, of as many ids as the rows of `beside`."""
+    k = beside.ids_RK.shape[1]
+    others = [index for index in range(k + 1) if index != end][: k - 1]
+    nats = numpy.full((1, k), _NOTHING_NATS)
+    nats[0, 0] = 0.0
+    return replace(beside, ids_RK=numpy.array([[end, *others]], numpy.int32), log_probs_RK=nats, tail_log_mass_R=numpy.array([_NOTHING_NATS]))

@@ -1,0 +1,312 @@
+"""A teacher behind an endpoint, in whole runs: text from the fake endpoint, log-probabilities from a real llama.cpp server over the bundled teacher."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import numpy
+import pytest
+
+from helpers import save_tiny
+from servers import TEACHER, llama_server
+from stillroom import demo
+from stillroom.collect.logprobs import TokenIndex
+from stillroom.collect.probe import probe
+from stillroom.collect.store import RequestStore
+from stillroom.collect.wire import Call, Endpoint, Response
+from stillroom.core.errors import CollectError, EntitlementDenied, EntitlementUnknown, ModelError, RecipeError, SpendCapReached, SpendError
+from stillroom.data import TransferSet
+from stillroom.ledger import Ledger
+from stillroom.models.loading import describe, load_model
+from stillroom.models.local import LocalTeacher
+from stillroom.models.tokenizers import load_tokenizer, vocabulary_of
+from stillroom.runs import Recipe, plan, run
+from stillroom.runs.collecting import store_identity
+from stillroom.runs.endpoints import endpoint_of
+from stillroom.runs.planning import prepare
+from stillroom.targets.kinds import TargetRequest, TopKTargets
+from stillroom.targets.store import TargetStore
+from stillroom.testing.fake_endpoint import fake_endpoint
+from stillroom.testing.settings import Settings
+from tiny_run import tiny_recipe, write_rows
+
+KEY = "sk-planted-0123456789abcdef"
+PRICES = """\
+as_of: 2026-11-01
+currency: USD
+prices:
+  - base_url: {url}
+    model: fake-teacher
+    input: 1
+    output: 4
+"""
+
+
+def fake_recipe(folder: Path, url: str, *, prompts: int = 24, **changes: Any) -> Recipe:
+    """A tiny recipe whose teacher is the fake endpoint and whose student has a tokenizer of its own: text alone."""
+    tree = tiny_recipe(folder, prompts=prompts)
+    student = save_tiny(folder / "student", layers=1, width=16)
+    (folder / "prices.yaml").write_text(PRICES.format(url=url))
+    tree |= {
+        "teacher": {"endpoint": {"url": url, "model": "fake-teacher", "key_variable": "FAKE_KEY"}},
+        "student": {"model": str(student)},
+        "collection": {"prices": str(folder / "prices.yaml"), "max_money": 1.0},
+        "generation": {"max_new_tokens": 16, "sampling_temperature": 0.0},
+        "targets": {"kind": "text"},
+        "objective": {"terms": [{"divergence": "cross_entropy"}]},
+    }
+    return Recipe.from_tree({**tree, **changes})
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_KEY", KEY)
+
+
+def settings(**more: Any) -> Settings:
+    return Settings(api_keys=(KEY,), answer_tokens=6, fragment_share=0, **more)
+
+
+def test_a_whole_run_on_text(tmp_path: Path) -> None:
+    with fake_endpoint(settings()) as server:
+        recipe = fake_recipe(tmp_path / "in", server.base_url)
+        done = run(recipe, out=tmp_path / "run")
+        bill = server.bill
+        assert run(recipe, out=tmp_path / "run").state == "reported"
+        assert server.bill.received == bill.received == 24 + 6  # prompts and items, each asked once
+    report, transfer = done.report, TransferSet.load(done.transfer_set_path)
+    assert report.collection is not None
+    collected, evaluated = report.collection.rows["collect"], report.collection.rows["evaluate"]
+    assert collected.requested == 24 == collected.accepted + sum(collected.rejected.values()) + sum(collected.failed.values()) + collected.pending
+    assert collected.accepted == transfer.accepted
+    assert collected.rejected == transfer.dropped
+    assert (evaluated.requested, evaluated.accepted) == (6, 6)
+    spent = report.collection.spent_money
+    assert spent.value == pytest.approx(float(bill.exact_micro_dollars) / 1e6, abs=1e-12)
+    assert report.making.money.unit == "USD"
+    assert "absent" in report.fidelity.forward_kl_nats.model_dump()
+    assert "absent" in report.cost.teacher.parameters.model_dump()
+    assert report.cost.student.parameters.value > 0
+    assert report.provenance.teacher["kind"] == "endpoint"
+    entry = json.loads((done.directory / "ledger.jsonl").read_text().splitlines()[0])["entry"]
+    assert entry["access"]["path"] == "self-hosted"
+    assert entry["access"]["endpoint"] == recipe.teacher.endpoint.url
+    assert Ledger.open(done.directory).count > 0
+    assert "What was asked of the endpoint" in done.page_path.read_text(encoding="utf-8")
+    for path in done.directory.rglob("*"):
+        assert not path.is_file() or KEY.encode() not in path.read_bytes(), path
+
+
+def test_a_cap_ends_a_run_that_goes_on_when_it_is_raised(tmp_path: Path) -> None:
+    with fake_endpoint(settings()) as server:
+        small = fake_recipe(tmp_path / "in", server.base_url, collection={"max_tokens": 700})
+        with pytest.raises(SpendCapReached, match=r"\d+ of 24 rows are bought, \d+ are missing") as caught:
+            run(small, out=tmp_path / "run", until="collected")
+        assert "collection.max_tokens" in caught.value.do
+        bought = server.bill.done
+        assert 0 < bought < 24
+        large = fake_recipe(tmp_path / "in", server.base_url, collection={"max_tokens": 300_000})
+        done = run(large, out=tmp_path / "run", until="collected")
+        assert done.state == "collected"
+        assert server.bill.done == 24
+        assert json.loads(done.recipe_path.read_text())["collection"]["max_tokens"] == 300_000
+
+
+_CHILD = "import sys; from pathlib import Path; from stillroom.runs import Recipe, run; run(Recipe.from_yaml(Path(sys.argv[1])), out=sys.argv[2], until='collected')"
+
+
+def test_a_killed_collection_buys_nothing_twice(tmp_path: Path) -> None:
+    with fake_endpoint(settings(latency_ms=60), process=True) as server:
+        recipe = fake_recipe(tmp_path / "in", server.base_url, prompts=150, collection={"max_tokens": 10_000_000, "in_flight": 2})
+        written = tmp_path / "recipe.yaml"
+        written.write_text(json.dumps(recipe.model_dump(mode="json")))
+        child = subprocess.Popen([sys.executable, "-c", _CHILD, str(written), str(tmp_path / "run")], env=os.environ | {"OMP_NUM_THREADS": "1"})
+        begun = time.monotonic()
+        while server.bill.done < 20 and time.monotonic() - begun < 120:
+            assert child.poll() is None, "it ended before it could be killed"
+            time.sleep(0.02)
+        os.kill(child.pid, signal.SIGKILL)
+        child.wait()
+        run(recipe, out=tmp_path / "run", until="collected")
+        bill = server.bill
+    with RequestStore.open(tmp_path / "run" / "requests.sqlite", read_only=True) as store:
+        spend, counts = store.spend(), store.counts()
+        store.verify()
+    assert counts.requested == 150
+    assert counts.pending == 0
+    # What was under way at the kill may be billed, and is reserved; nothing else was bought again.
+    assert spend.settled.tokens <= bill.prompt_tokens + bill.completion_tokens <= spend.settled.tokens + spend.reserved.tokens
+    assert bill.done <= 150 + spend.unknown
+
+
+@pytest.mark.parametrize(
+    ("terms", "raised"),
+    [
+        ({"access": "api:openai", "model": "gpt-5.2"}, (EntitlementDenied, EntitlementUnknown)),
+        ({"access": "api:nobody-knows"}, EntitlementUnknown),
+        ({"access": "weights"}, EntitlementUnknown),
+    ],
+)
+def test_a_teacher_that_may_not_be_learned_from_is_not_asked(tmp_path: Path, terms: dict[str, str], raised: type[Exception]) -> None:
+    with fake_endpoint(settings()) as server:
+        with pytest.raises(raised):
+            run(fake_recipe(tmp_path / "in", server.base_url, terms=terms), out=tmp_path / "run")
+        assert server.bill.received == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "raised", "says"),
+    [
+        ({"targets": {"kind": "hidden"}}, ModelError, "targets.kind: hidden"),
+        ({"targets": {"kind": "drawn"}}, ModelError, "targets.kind: drawn"),
+        ({"targets": {"kind": "top_k"}}, ModelError, "teacher.tokenizer is not given"),
+        ({"targets": {"kind": "text", "live": True}}, ModelError, "targets.live"),
+        ({"student": {"from_teacher": {"layers": [0]}}}, ModelError, "student.from_teacher"),
+        ({"objective": {"terms": [{"divergence": "forward_kl"}]}, "targets": {}}, ModelError, "text alone"),
+        ({"collection": None}, SpendError, "no cap"),
+        ({"collection": {"max_money": 1.0}}, SpendError, "no price"),
+    ],
+)
+def test_what_cannot_be_had_is_refused_by_the_plan(tmp_path: Path, changes: dict[str, Any], raised: type[Exception], says: str) -> None:
+    with fake_endpoint(settings()) as server:
+        with pytest.raises(raised, match=says):
+            plan(fake_recipe(tmp_path / "in", server.base_url, **changes))
+        assert server.bill.received == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"teacher": {"model": "a", "endpoint": {"url": "http://localhost:1/v1", "model": "b"}}}, "exactly one of model, endpoint"),
+        ({"teacher": {"model": "a", "tokenizer": "b"}}, "tokenizer"),
+        ({"teacher": {"endpoint": {"url": "https://api.openai.com/v1", "model": "b"}}}, "api:openai"),
+        ({"teacher": {"model": "a"}, "collection": {"max_tokens": 1}}, "teacher.endpoint"),
+        ({"student": {"from_scratch": {"layers": 1, "width": 16, "heads": 2, "feed_forward": 32}}}, "teacher.tokenizer"),
+    ],
+)
+def test_recipes_that_contradict_themselves(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(RecipeError, match=says):
+        fake_recipe(tmp_path, "http://localhost:1/v1", **changes)
+
+
+def test_a_key_in_the_url_is_refused_and_not_repeated(tmp_path: Path) -> None:
+    with pytest.raises(CollectError) as caught:
+        endpoint_of(fake_recipe(tmp_path, f"http://me:{KEY}@localhost:1/v1"))
+    assert KEY not in str(caught.value)
+
+
+# --- the real server ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[str]:
+    pytest.importorskip("xllamacpp")
+    pytest.importorskip("gguf")
+    with llama_server(TEACHER, exact=True) as server:
+        yield server.base_url
+
+
+def keep_probe(endpoint: Endpoint, place: Path) -> None:
+    """Probes, and keeps the report in the store at `place`."""
+    tokenizer = load_tokenizer(str(TEACHER))
+    index = TokenIndex(vocabulary_of(tokenizer, len(tokenizer)))
+
+    async def main() -> Any:
+        async with aiohttp.ClientSession() as session:
+
+            async def sent(call: Call) -> Response:
+                async with session.post(call.endpoint.url, data=call.content, headers={"content-type": "application/json"}) as got:
+                    headers = {name.lower(): value for name, value in got.headers.items()}
+                    return Response(status=got.status, headers=headers, body=await got.read(), seconds=0.0)
+
+            return await probe(endpoint, sent, index=index, messages=({"role": "user", "content": "every other Friday at noon"},))
+
+    report = asyncio.run(main())
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with RequestStore.open(place) as store:
+        store.remember("probe", endpoint, report.to_json())
+
+
+def served_recipe(folder: Path, url: str, *, prompts: int, steps: int = 4, **changes: Any) -> Recipe:
+    folder.mkdir(parents=True, exist_ok=True)
+    tree = demo.recipe(folder, seed=0).model_dump(mode="json")
+    drawn = demo.expressions.draw(prompts, seed=0, held_out=False)
+    labelled = [{"prompt": one.text, "answer": one.answer, "family": one.family} for one in demo.expressions.draw(24, seed=1, held_out=True)]
+    write_rows(folder / "items.jsonl", labelled[:8])
+    write_rows(folder / "labelled.jsonl", labelled[8:])
+    tree["teacher"] = {"endpoint": {"url": url, "model": "teacher"}, "tokenizer": str(TEACHER)}
+    tree["terms"]["licence"] = "Apache-2.0"
+    tree["prompts"]["path"] = str(write_rows(folder / "prompts.jsonl", [{"prompt": one.text} for one in drawn]))
+    tree["collection"] = {"max_tokens": 10_000_000}
+    tree["targets"] = {"kind": "auto", "k": 20}
+    tree["training"] |= {"steps": steps, "epochs": None, "checkpoint_every": 100}
+    tree["evaluation"] |= {"resamples": 100}
+    tree["evaluation"]["label_only"] |= {"patience": 1}
+    return Recipe.from_tree({**tree, **changes})
+
+
+def test_a_whole_run_on_verified_log_probabilities(tmp_path: Path, served: str) -> None:
+    recipe = served_recipe(tmp_path / "in", served, prompts=40)
+    assert plan(recipe.model_copy(update={"objective": recipe.objective.model_copy(update={"terms": _CROSS_ENTROPY})})).signal.kind == "text"
+    keep_probe(endpoint_of(recipe), tmp_path / "run" / "requests.sqlite")
+    done = run(recipe, out=tmp_path / "run")
+    report = done.report
+    assert report.collection is not None
+    assert report.collection.logprobs_verified == 40
+    assert not report.collection.logprobs_demoted
+    store = TargetStore.open(done.store_path)
+    assert store.identity.codec.kind == "top_k"
+    assert len(store) >= 39
+    assert report.collection.rows["collect"].accepted == TransferSet.load(done.transfer_set_path).accepted >= 30
+
+
+_CROSS_ENTROPY = Recipe.from_tree(
+    {
+        "teacher": {"model": "a"},
+        "student": {"model": "b"},
+        "prompts": {"path": "c"},
+        "objective": {"terms": [{"divergence": "cross_entropy"}]},
+    }
+).objective.terms
+
+
+# float16 on the disk moves a log-probability by 2^-11 of itself at most, and the server's arithmetic is not PyTorch's.
+RELATIVE, ABSOLUTE_NATS = 2.0**-11, 2e-3
+
+
+def test_targets_that_are_served_are_those_of_the_same_teacher_here(tmp_path: Path, served: str) -> None:
+    prompts = 60
+    recipe = served_recipe(tmp_path / "in", served, prompts=prompts)
+    keep_probe(endpoint_of(recipe), tmp_path / "run" / "requests.sqlite")
+    done = run(recipe, out=tmp_path / "run", until="collected")
+    prepared = prepare(recipe, out=done.directory)
+    store = TargetStore.open(done.store_path, store_identity(prepared))
+    ids = list(store.record_ids)
+    sequences, found = store.read(ids)
+    assert isinstance(found, TopKTargets)
+    description = describe(str(TEACHER))
+    vocabulary = vocabulary_of(load_tokenizer(str(TEACHER)), description.shape.rows, description.end_ids)
+    assert vocabulary.fingerprint == found.vocabulary
+    local = LocalTeacher(load_model(description), description.ref, vocabulary)
+    expected = local.targets(sequences, TargetRequest(kind="top_k", k=20))
+    assert isinstance(expected, TopKTargets)
+    full = local.log_probs(local.hidden_states(sequences), 1.0).numpy()
+    ends = numpy.cumsum([len(sequence.scored_rows) for sequence in sequences]) - 1
+    rows = numpy.setdiff1d(numpy.arange(len(full)), ends)  # of the end token the server says nothing
+    there = numpy.take_along_axis(full[rows], numpy.asarray(found.ids_RK)[rows].astype(numpy.int64), 1)
+    stored = numpy.asarray(found.log_probs_RK)[rows]
+    worst = numpy.abs(stored - there) - RELATIVE * numpy.abs(there)
+    assert worst.max() < ABSOLUTE_NATS, worst.max()
+    tails = numpy.exp(numpy.asarray(found.tail_log_mass_R)[rows]) - numpy.exp(expected.tail_log_mass_R.numpy()[rows])
+    assert numpy.abs(tails).max() < 1e-4
+    assert (full[ends].argmax(-1) == [sequence.ids[-1] for sequence in sequences]).all()

@@ -6,6 +6,7 @@ runs oneself have no host of their own, and are the generic provider.
 
 from __future__ import annotations
 
+import ipaddress
 from dataclasses import dataclass
 
 
@@ -193,3 +194,13 @@ THROTTLE_WORDS = ("rate limit", "too many requests", "tokens per min", "requests
 INVALID_CODES = frozenset(
     {"invalid_request_error", "badrequesterror", "invalid_argument", "bad_request", "unsupported_parameter", "unsupported_value", "invalid_value"}
 )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether the name means this machine: localhost, or an address of 127.0.0.0/8 or ::1. Nothing is looked up."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

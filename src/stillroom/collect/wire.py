@@ -6,7 +6,6 @@ digest of exactly that, so that a call is known again by whoever makes it, and a
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,7 +15,7 @@ from urllib.parse import urlsplit
 import numpy
 from numpy.typing import NDArray
 
-from stillroom.collect.providers import Provider, provider_of
+from stillroom.collect.providers import Provider, is_loopback, provider_of
 from stillroom.core.errors import CollectError
 from stillroom.core.hashing import canonical_json, sha256_hex
 from stillroom.core.identities import Json
@@ -98,16 +97,6 @@ def _model_name(model: str) -> str:
 
 def _invalid(found: str, expected: str, do: str, why: str = "") -> CollectError:
     return CollectError("endpoint-invalid", found=found, expected=expected, why=why, do=do)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether the name means this machine: localhost, or an address of 127.0.0.0/8 or ::1. Nothing is looked up."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

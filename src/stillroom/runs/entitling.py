@@ -8,7 +8,7 @@ from datetime import date
 from pathlib import Path
 from typing import Literal
 
-from stillroom.collect.wire import is_loopback
+from stillroom.collect.providers import is_loopback
 from stillroom.core import clock
 from stillroom.core.cards import cached_snapshot, declared_licence, hub_id_of, is_hub_id
 from stillroom.core.errors import ModelError, RecipeError

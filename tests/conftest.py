@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
+from collections.abc import Callable
 
 import pytest
 from hypothesis import settings
@@ -17,6 +19,27 @@ os.environ["STILLROOM_TERMS"] = os.path.join(tempfile.gettempdir(), "no-terms-of
 
 settings.register_profile("stillroom", deadline=None, derandomize=os.environ.get("CI") == "true")
 settings.load_profile("stillroom")
+
+
+@pytest.fixture
+def stillroom(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """The command in this process: its exit code, and what it writes to both streams. It never shows a traceback."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        from stillroom.cli import main
+
+        monkeypatch.setattr(sys, "argv", ["stillroom", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as done:
+            code = int(done.code or 0)
+        written = capsys.readouterr()
+        assert "Traceback" not in written.err
+        return code, written.out, written.err
+
+    return run
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

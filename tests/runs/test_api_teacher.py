@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import signal
@@ -13,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import numpy
 import pytest
 
@@ -21,9 +19,8 @@ from helpers import save_tiny
 from servers import TEACHER, llama_server
 from stillroom import demo
 from stillroom.collect.logprobs import TokenIndex
-from stillroom.collect.probe import probe
 from stillroom.collect.store import RequestStore
-from stillroom.collect.wire import Call, Endpoint, Response
+from stillroom.collect.wire import Endpoint
 from stillroom.core.errors import CollectError, EntitlementDenied, EntitlementUnknown, ModelError, RecipeError, SpendCapReached, SpendError
 from stillroom.data import TransferSet
 from stillroom.ledger import Ledger
@@ -34,6 +31,7 @@ from stillroom.runs import Recipe, plan, run
 from stillroom.runs.collecting import store_identity
 from stillroom.runs.endpoints import endpoint_of
 from stillroom.runs.planning import prepare
+from stillroom.runs.probing import Wanted, probe_endpoint
 from stillroom.targets.kinds import TargetRequest, TopKTargets
 from stillroom.targets.store import TargetStore
 from stillroom.testing.fake_endpoint import fake_endpoint
@@ -105,6 +103,20 @@ def test_a_whole_run_on_text(tmp_path: Path) -> None:
     assert "What was asked of the endpoint" in done.page_path.read_text(encoding="utf-8")
     for path in done.directory.rglob("*"):
         assert not path.is_file() or KEY.encode() not in path.read_bytes(), path
+
+
+def test_items_that_the_endpoint_does_not_answer_are_no_wrong_answers(tmp_path: Path) -> None:
+    """No model is scored on them, and they are told apart."""
+    with fake_endpoint(settings(lies=frozenset({"content-filtered"}), lies_share=0.5)) as server:
+        done = run(fake_recipe(tmp_path / "in", server.base_url), out=tmp_path / "run")
+    assert done.report.collection is not None
+    rows = done.report.collection.rows["evaluate"]
+    assert rows.failed == {"content-filtered": rows.requested - rows.accepted}
+    assert 0 < rows.accepted < rows.requested == 6
+    scores = {name: json.loads((done.directory / "evals" / f"{name}.json").read_text()) for name in ("teacher", "student", "student_before")}
+    prompts = [[item["prompt"] for item in found["items"]] for found in scores.values()]
+    assert prompts[0] == prompts[1] == prompts[2]
+    assert len(prompts[0]) == rows.accepted
 
 
 def test_a_cap_ends_a_run_that_goes_on_when_it_is_raised(tmp_path: Path) -> None:
@@ -221,20 +233,8 @@ def keep_probe(endpoint: Endpoint, place: Path) -> None:
     tokenizer = load_tokenizer(str(TEACHER))
     index = TokenIndex(vocabulary_of(tokenizer, len(tokenizer)))
 
-    async def main() -> Any:
-        async with aiohttp.ClientSession() as session:
-
-            async def sent(call: Call) -> Response:
-                async with session.post(call.endpoint.url, data=call.content, headers={"content-type": "application/json"}) as got:
-                    headers = {name.lower(): value for name, value in got.headers.items()}
-                    return Response(status=got.status, headers=headers, body=await got.read(), seconds=0.0)
-
-            return await probe(endpoint, sent, index=index, messages=({"role": "user", "content": "every other Friday at noon"},))
-
-    report = asyncio.run(main())
     place.parent.mkdir(parents=True, exist_ok=True)
-    with RequestStore.open(place) as store:
-        store.remember("probe", endpoint, report.to_json())
+    probe_endpoint(endpoint, place, Wanted(index=index), access="weights", licence="apache-2.0")
 
 
 def served_recipe(folder: Path, url: str, *, prompts: int, steps: int = 4, **changes: Any) -> Recipe:

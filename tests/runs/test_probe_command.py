@@ -17,7 +17,6 @@ import pytest
 import yaml
 
 from servers import TEACHER, llama_server
-from stillroom.cli import main
 from stillroom.collect.collector import Policy
 from stillroom.collect.probe import ProbeReport
 from stillroom.collect.spend import in_units
@@ -40,23 +39,6 @@ def _a_directory_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("STILLROOM_TERMS", str(tmp_path / "terms"))
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def stillroom(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    def run(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["stillroom", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as done:
-            code = int(done.code or 0)
-        written = capsys.readouterr()
-        assert "Traceback" not in written.err
-        return code, written.out, written.err
-
-    return run
 
 
 @pytest.fixture

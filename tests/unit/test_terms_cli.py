@@ -16,7 +16,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stillroom.cli import main, terms
+from stillroom.cli import terms
 from stillroom.core import clock
 from stillroom.core.hashing import sha256_hex
 from stillroom.entitlement.library import builtin
@@ -43,22 +43,6 @@ def _nobodys_terms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setattr(clock, "now", lambda: NOON)
     monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def stillroom(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    def run(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["stillroom", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as done:
-            code = int(done.code or 0)
-        written = capsys.readouterr()
-        return code, written.out, written.err
-
-    return run
 
 
 def recipe(**changed: Any) -> Path:

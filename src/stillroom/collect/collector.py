@@ -18,7 +18,7 @@ import random
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -267,21 +267,15 @@ class Collector:
             self._controller.finish(ticket, "unsent")
             raise
         try:
-            response = await self._transport.send(self._endpoint.url, headers, call.content, self._policy.timeout_seconds)
-        except NotSent as error:
-            self._controller.finish(ticket, "unsent")
-            await self._store.release(reservation, "not-sent")
-            await self._without_answer(trying, Failure(reason="not-sent", message=str(error)))
-        except OutcomeUnknown as error:
+            found = await send(self._transport, self._store, reservation, headers, self._policy.timeout_seconds)
+        except BaseException:
             self._controller.finish(ticket, "failed")
-            await self._store.unanswered(reservation)
-            await self._without_answer(trying, Failure(reason="outcome-unknown", message=str(error)))
-        except BaseException:  # cancelled, or a transport that breaks its word
-            self._controller.finish(ticket, "failed")
-            await self._store.unanswered(reservation)
             raise
+        if isinstance(found, Failure):
+            self._controller.finish(ticket, "unsent" if found.reason == "not-sent" else "failed")
+            await self._without_answer(trying, found)
         else:
-            await self._settle(trying, ticket, reservation, response)
+            await self._settle(trying, ticket, reservation, found)
         self._cap_reached = False
 
     async def _settle(self, trying: _Try, ticket: Ticket, reservation: Reservation, response: Response) -> None:
@@ -379,6 +373,24 @@ class Collector:
                     spend=spend,
                 )
             )
+
+
+async def send(
+    transport: Transport, store: RequestStore, reservation: Reservation, headers: Mapping[str, str], timeout_seconds: float
+) -> Response | Failure:
+    """Sends what was reserved. A response is still to be settled; of a failure, and of whatever else is raised, the store knows how the attempt ended."""
+    call = reservation.call
+    try:
+        return await transport.send(call.endpoint.url, headers, call.content, timeout_seconds)
+    except NotSent as error:
+        await store.release(reservation, "not-sent")
+        return Failure(reason="not-sent", message=str(error))
+    except OutcomeUnknown as error:
+        await store.unanswered(reservation)
+        return Failure(reason="outcome-unknown", message=str(error))
+    except BaseException:  # cancelled, or a transport that breaks its word
+        await store.unanswered(reservation)
+        raise
 
 
 def _decoder() -> Executor:

@@ -194,7 +194,7 @@ def _whole(amount: Decimal, scale: int, where: str) -> Picos:
 
 
 def _invalid(found: str, expected: str, why: str = "") -> SpendError:
-    return SpendError("prices-invalid", found=found, expected=expected, why=why, do="See the guide on costs and caps for a whole file.")
+    return SpendError("prices-invalid", found=found, expected=expected, why=why, do="docs/guides/probe-an-endpoint.md has a whole file.")
 
 
 # -- caps ------------------------------------------------------------------------------------------------------------------------

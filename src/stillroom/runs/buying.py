@@ -98,18 +98,24 @@ class Purchases:
         """What became of a row that `buy` has named, without its answer."""
         return self._rows[name]
 
-    def texts(self, purpose: str, prompts: Sequence[Prompt]) -> list[str]:
-        """Greedy answers, which are accepted as they are; an empty one where the endpoint gave none."""
+    def texts(self, purpose: str, prompts: Sequence[Prompt]) -> list[str | None]:
+        """Greedy answers, which are accepted as they are; None where the endpoint gave none."""
         names = self.buy(purpose, prompts, temperature=0.0)
         self.store.accept(name for name in names if self.row(name).state == "answered")
-        return [answer.text if (answer := self.store.answer(self.row(name).key)) is not None else "" for name in names]
+        return [None if (answer := self.store.answer(self.row(name).key)) is None else answer.text for name in names]
 
-    def verified(self, row: StoredRow) -> Verified | None:
-        """Its log-probabilities, where they were believed."""
-        if row.logprobs is None:
-            return None
-        shard, place = row.logprobs
-        return read(self._shards / shard, [place])[0][1]
+    def verified(self, rows: Sequence[StoredRow]) -> dict[str, Verified]:
+        """The log-probabilities of those rows whose were believed, by the row's name."""
+        shards: dict[str, list[tuple[int, StoredRow]]] = {}
+        for row in rows:
+            if row.logprobs is not None:
+                shards.setdefault(row.logprobs[0], []).append((row.logprobs[1], row))
+        found: dict[str, Verified] = {}
+        for shard, wanted in shards.items():
+            for (key, verified), (_, row) in zip(read(self._shards / shard, [place for place, _ in wanted]), wanted, strict=True):
+                assert key == row.key, f"{shard} has another answer in the place of {row.key}"
+                found[row.row] = verified
+        return found
 
     # -- the loop ----------------------------------------------------------------------------------------------------------------
 
@@ -289,9 +295,11 @@ class BoughtAnswers:
         """What came of each prompt of a part."""
         if self.prepared.recipe.prompts.answers == "given":
             return [given_answer(self.prepared, prompt) for prompt in prompts]
-        return [self._answered(prompt) for prompt in prompts]
+        rows = [self.purchases.row(self._names[prompt.id]) for prompt in prompts if prompt.id in self._names] if self._top_k else []
+        verified = self.purchases.verified(rows)
+        return [self._answered(prompt, verified.get(self._names.get(prompt.id, ""))) for prompt in prompts]
 
-    def _answered(self, prompt: Prompt) -> Answered:
+    def _answered(self, prompt: Prompt, verified: Verified | None) -> Answered:
         renderer = self.prepared.renderer
         asked = renderer.prompt_ids(prompt)
         nothing = Answered(prompt=prompt, prompt_tokens=len(asked))
@@ -304,7 +312,6 @@ class BoughtAnswers:
         nothing = replace(nothing, answer=answer.text)
         if answer.thinking == "unterminated":
             return replace(nothing, left_out="unterminated-reasoning")
-        verified = self.purchases.verified(row) if self._top_k else None
         if self._top_k and verified is None:
             return replace(nothing, left_out="unverified-logprobs")
         finished = self._is_finished(answer, verified)

@@ -89,6 +89,31 @@ class Evaluator:
 
     @cached_property
     def _items(self) -> tuple[Prompt, ...]:
+        """What every model is scored on: all items, but those that an endpoint gave no answer to. They are no wrong answers, and requests.json has them."""
+        items = self._all_items
+        if self.purchases is None or not items:
+            return items
+        return tuple(item for item, text in zip(items, self._bought, strict=True) if text is not None)
+
+    @cached_property
+    def _bought(self) -> list[str | None]:
+        assert self.purchases is not None
+        texts = self.purchases.texts(EVALUATE, self._all_items)
+        self.purchases.write_summary(self.run)
+        missing = texts.count(None)
+        if missing == len(texts):
+            raise DataError(
+                "items-invalid",
+                found=f"none of {missing} evaluation items has an answer of the teacher's",
+                expected="one at least",
+                do="requests.json says why each request failed.",
+            )
+        if missing:
+            self.observer.note(f"the endpoint gave no answer to {missing} of {len(texts)} items: no model is scored on them")
+        return texts
+
+    @cached_property
+    def _all_items(self) -> tuple[Prompt, ...]:
         section = self.run.recipe.evaluation
         if section.path is None:
             return ()
@@ -107,9 +132,7 @@ class Evaluator:
         if self.purchases is None:
             assert self.teacher is not None
             return self._answers("teacher", self.teacher.model)
-        found = score_items("teacher", self.purchases.texts(EVALUATE, self._items), self._asked)
-        self.purchases.write_summary(self.run)
-        return found
+        return score_items("teacher", [text for text in self._bought if text is not None], self._asked)
 
     @property
     def _asked(self) -> list[Item]:

@@ -12,14 +12,14 @@ from decimal import Decimal
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from stillroom.collect.collector import Policy, refusal
+from stillroom.collect.collector import Policy, refusal, send
 from stillroom.collect.logprobs import TokenIndex
 from stillroom.collect.probe import MOST_CALLS, ProbeReport, Signal, probe, signal
 from stillroom.collect.reading import read_response
 from stillroom.collect.spend import Amount, Caps, Price, PriceList, Spend, in_units
 from stillroom.collect.store import RequestStore
 from stillroom.collect.transport import authorised, open_transport, request_headers
-from stillroom.collect.wire import AGAIN, ROUTES, Answer, Call, Endpoint, Failure, NotSent, OutcomeUnknown, Response, Transport
+from stillroom.collect.wire import AGAIN, ROUTES, Answer, Call, Endpoint, Failure, Response, Transport
 from stillroom.core import clock, optional
 from stillroom.core.errors import CollectError
 from stillroom.core.identities import Json
@@ -249,18 +249,10 @@ class _Buyer:
         headers = authorised(call.endpoint, self._headers)
         reservation = await self._store.begin(call)
         self.sent += 1
-        try:
-            response = await self.transport.send(call.endpoint.url, headers, call.content, self._policy.timeout_seconds)
-        except NotSent as error:
-            await self._store.release(reservation, "not-sent")
-            return Failure(reason="not-sent", message=str(error))
-        except OutcomeUnknown as error:
-            await self._store.unanswered(reservation)
-            return Failure(reason="outcome-unknown", message=str(error))
-        except BaseException:
-            await self._store.unanswered(reservation)
-            raise
-        response = _without_key(response, call.endpoint)
+        found = await send(self.transport, self._store, reservation, headers, self._policy.timeout_seconds)
+        if isinstance(found, Failure):
+            return found
+        response = _without_key(found, call.endpoint)
         outcomes = read_response(call, response)
         answer = next((outcome for outcome in outcomes if isinstance(outcome, Answer)), None)
         outcome = outcomes[0] if answer is None else replace(answer, usage=outcomes[0].usage)  # one response, one usage

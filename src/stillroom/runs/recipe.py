@@ -265,7 +265,7 @@ class CollectionSection(_Section):
     """Only with teacher.endpoint: what may be spent, and how fast. All but top_logprobs and store may be changed while a run goes on."""
 
     prices: str | None = None
-    """A YAML file of prices, dated; the guide on costs and caps has one. A cap in money needs the model's price in it."""
+    """A YAML file of prices, dated; docs/guides/probe-an-endpoint.md has one. A cap in money needs the model's price in it."""
     max_money: Annotated[float, Field(ge=0.0)] | None = None
     """The most that the run may spend, in the currency of the prices: reserved before each request, so it cannot be passed."""
     max_tokens: Annotated[int, Field(ge=0, le=_MOST)] | None = None

@@ -197,7 +197,7 @@ def compare(run: Run, *, prompt: str | None, file: Path | None) -> list[tuple[st
 
     if teacher is None:
         with run.locked(), Purchases.opened(run, prepared, Silent(), None) as purchases:
-            answers = [purchases.texts(COMPARE, asked), written(student)]
+            answers = [[text or "" for text in purchases.texts(COMPARE, asked)], written(student)]
     else:
         answers = [written(teacher), written(student)]
     return [(one.content, *pair) for one, *pair in zip(asked, *answers, strict=True)]

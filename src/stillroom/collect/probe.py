@@ -155,7 +155,8 @@ async def probe(
     """Asks, and reports. `messages` is what the chat route is asked: something that has more than one answer, best one of the job's own prompts.
 
     `overflow_tokens` is a length past the context that may be sent and paid for (None: that is not tested). `index` is the teacher's tokenizer, where it
-    is known. `first_sample` is that of the calls: with another, all are other purchases (samples are at most 1 apart). Whatever `buy` raises ends the probe. A failure that is not the endpoint's refusal of what was asked leaves its finding not tested.
+    is known. `first_sample` is that of the calls: with another, all are other purchases (samples are at most 1 apart). Whatever `buy` raises ends the
+    probe. A failure that is not the endpoint's refusal of what was asked leaves its finding not tested.
     """
     run = _Probe(endpoint, buy, messages, index, first_sample)
     await run.all(overflow_tokens)

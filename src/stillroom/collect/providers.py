@@ -1,7 +1,7 @@
 """How providers of OpenAI-compatible endpoints differ from one another, as data.
 
-What stands here was written from general knowledge on 2026-11-24 and not looked up; the probe decides what is true. A provider is known by its host; servers that one
-runs oneself have no host of their own, and are the generic provider.
+What stands here was written from general knowledge on 2026-11-24 and not looked up; the probe decides what is true. A provider is known by its host;
+servers that one runs oneself have no host of their own, and are the generic provider.
 """
 
 from __future__ import annotations

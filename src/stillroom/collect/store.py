@@ -405,8 +405,8 @@ class RequestStore:
         """Ends an attempt whose answer, or whose refusal, came whole; durable when it returns.
 
         An answer is kept without its log-probabilities: `packed` is what is to go into a shard of them. `demoted` is why they were not believed; only
-        then, or with `keep_raw`, `raw` is kept. A failure that may be tried again leaves the call pending; another is its end. What was counted is charged. Where nothing
-        was counted, a refusal (`REFUSED`) costs nothing, and the reservation of anything else stays: it may have been billed.
+        then, or with `keep_raw`, `raw` is kept. A failure that may be tried again leaves the call pending; another is its end. What was counted is
+        charged. Where nothing was counted, a refusal (`REFUSED`) costs nothing, and the reservation of anything else stays: it may have been billed.
         """
         secret = os.environ.get(reservation.call.endpoint.key_variable or "")
         charged = _charge(outcome, reservation)

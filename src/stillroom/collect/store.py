@@ -8,8 +8,8 @@ settled by what the endpoint counted, or released because it is certain that not
     rows requested = accepted + rejected + failed + pending
 
 Answers are compressed JSON without their log-probabilities, which live packed in Parquet beside the store: what is to be packed waits in the store until
-its shard is on the disk. The raw body of an answer is kept only where its log-probabilities were not believed, and of a probe's calls. No header is stored, and what is in an
-endpoint's key variable is taken out of what endpoints say.
+its shard is on the disk. The raw body of an answer is kept only where its log-probabilities were not believed, and of a probe's calls. No header is
+stored, and what is in an endpoint's key variable is taken out of what endpoints say.
 """
 
 from __future__ import annotations

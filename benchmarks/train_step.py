@@ -353,7 +353,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not arguments.json:
         for name in ("all_rows", "half_of_the_rows", "uneven"):
             print(name, json.dumps({key: value for key, value in data[name].items() if key != "seconds"}, indent=1))
-    finish("train_step", data, caveats=CAVEATS, as_json=arguments.json)
+    finish("train_step_tried" if arguments.small else "train_step", data, caveats=CAVEATS, as_json=arguments.json)
 
 
 def _peak(who: str, arguments: argparse.Namespace) -> int:

@@ -35,6 +35,7 @@ CODES: dict[str, str] = {
     "prompts-invalid": "A line or column of the prompts is not what was expected.",
     "items-invalid": "A labelled or evaluation item is not what was expected.",
     "verifier-invalid": "The rule that answers are verified by cannot be used.",
+    "curation-changed": "Answers would be curated by other rules than the run was planned with.",
     "redaction-table": "The table of what was replaced in prompts cannot be used.",
     "sequence-too-long": "A sequence is longer than the model's context.",
     "model-missing": "The model directory does not exist, or the hub cannot be reached.",

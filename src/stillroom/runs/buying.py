@@ -1,6 +1,6 @@
 """What a run asks of an endpoint, for collecting, evaluating and comparing alike: one store, one account, one loop; nothing is bought twice.
 
-A row is named by its purpose, its prompt and its call, so that what is asked again is known again, and another setting is another row. Log-probabilities
+A row is named by its purpose, its prompt as it is sent, and its call, so that what is asked again is known again, and another setting is another row. Log-probabilities
 that passed verification are in Parquet files beside the store, which name their answers, and are read from there alone: what a run learns from is the
 same whether it was interrupted or not.
 """
@@ -78,10 +78,11 @@ class Purchases:
 
         Raises Interrupted, SpendCapReached, CollectError as the collector does: what was bought is kept, and the same call goes on.
         """
-        names, calls = [], [self._asking.call(prompt, temperature=temperature, top_logprobs=top_logprobs) for prompt in prompts]
-        for prompt, call in zip(prompts, calls, strict=True):
+        sent = [self.prepared.inputs.sent(prompt) for prompt in prompts]
+        names, calls = [], [self._asking.call(prompt, temperature=temperature, top_logprobs=top_logprobs) for prompt in sent]
+        for prompt, call in zip(sent, calls, strict=True):
             names.append(_name(purpose, prompt, call))
-        self.store.request(Row(row=name, prompt=prompt.id, call=call) for name, prompt, call in zip(names, prompts, calls, strict=True))
+        self.store.request(Row(row=name, prompt=prompt.id, call=call) for name, prompt, call in zip(names, sent, calls, strict=True))
         began = time.monotonic()
         if self.store.pending(1):
             try:
@@ -99,10 +100,12 @@ class Purchases:
         return self._rows[name]
 
     def texts(self, purpose: str, prompts: Sequence[Prompt]) -> list[str | None]:
-        """Greedy answers, which are accepted as they are; None where the endpoint gave none."""
+        """Greedy answers, which are accepted as they are, with what redaction puts back; None where the endpoint gave none."""
         names = self.buy(purpose, prompts, temperature=0.0)
         self.store.accept(name for name in names if self.row(name).state == "answered")
-        return [None if (answer := self.store.answer(self.row(name).key)) is None else answer.text for name in names]
+        answers = [self.store.answer(self.row(name).key) for name in names]
+        back = self.prepared.inputs.back
+        return [None if answer is None else back(prompt, answer.text).text for prompt, answer in zip(prompts, answers, strict=True)]
 
     def verified(self, rows: Sequence[StoredRow]) -> dict[str, Verified]:
         """The log-probabilities of those rows whose were believed, by the row's name."""
@@ -309,7 +312,14 @@ class BoughtAnswers:
         answer = self.purchases.store.answer(row.key)
         if answer is None:
             return replace(nothing, left_out="no-answer")
-        nothing = replace(nothing, answer=answer.text)
+        learned = self.prepared.inputs.back(prompt, answer.text)
+        nothing = replace(
+            nothing,
+            answer=learned.text,
+            finish_reason=answer.finish_reason,
+            reasoning=answer.reasoning,
+            placeholders_unknown=len(learned.unknown),
+        )
         if answer.thinking == "unterminated":
             return replace(nothing, left_out="unterminated-reasoning")
         if self._top_k and verified is None:
@@ -318,15 +328,13 @@ class BoughtAnswers:
         if verified is not None:
             sequence, targets = self._verified_record(prompt, verified, finished)
         else:
-            sequence, targets = self._text_record(prompt, answer, finished), None
+            sequence, targets = self._text_record(prompt, learned.text, finished), None
         if not sequence.scored_rows:
             return replace(nothing, left_out="empty-answer")
         usage = answer.usage
-        return Answered(
-            prompt=prompt,
-            prompt_tokens=len(asked),
+        return replace(
+            nothing,
             sequence=sequence,
-            answer=answer.text,
             answer_tokens=len(sequence.ids) - len(asked),
             finished=finished,
             targets=targets,
@@ -341,8 +349,8 @@ class BoughtAnswers:
             return True
         return answer.finish_reason != "length" and (usage is None or usage.completion_tokens < most)
 
-    def _text_record(self, prompt: Prompt, answer: Answer, finished: bool) -> TokenSequence:
-        sequence = self.prepared.renderer.sequence(prompt, answer.text)
+    def _text_record(self, prompt: Prompt, answer: str, finished: bool) -> TokenSequence:
+        sequence = self.prepared.renderer.sequence(prompt, answer)
         if finished or sequence.ids[-1] not in self.prepared.teacher_vocabulary.end_ids:
             return sequence
         # A cut answer has no end, and nothing is to be learned from one that was put there.

@@ -1,7 +1,7 @@
 """The run directory: what is in it, what state it is in, and how it is opened.
 
     recipe.json  plan.json  decision*  decisions/  env.json   plan     (decisions are added to at every gate)
-    targets/  ledger.jsonl  collect.jsonl  transfer_set.json  collect  (of an endpoint: requests.sqlite  requests-logprobs/  requests.json)
+    targets/  ledger.jsonl  collect.jsonl  curation.json  curation.jsonl  transfer_set.json  collect  (of an endpoint: requests.sqlite  requests-logprobs/  requests.json)
     metrics.jsonl  tensorboard/  checkpoints/  student/       train    (label_only/ holds the baseline's own)
     evals/*.json  samples.jsonl                               evaluate
     report.json  report.html                                  report
@@ -149,6 +149,14 @@ class Run:
     @property
     def bought_path(self) -> Path:
         return self.directory / "requests.json"
+
+    @property
+    def curation_path(self) -> Path:
+        return self.directory / "curation.json"
+
+    @property
+    def left_out_path(self) -> Path:
+        return self.directory / "curation.jsonl"
 
     @property
     def transfer_set_path(self) -> Path:

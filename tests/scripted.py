@@ -96,7 +96,7 @@ def asked_recipe(folder: Path, url: str, prompts: list[str], items: list[dict[st
     tree = tiny_recipe(folder)
     tree |= {
         "teacher": {"endpoint": {"url": url, "model": "scripted", "key_variable": "SCRIPTED_KEY"}},
-        "student": {"model": str(save_tiny(folder / "student", layers=1, width=16))},
+        "student": {"model": str(save_tiny(folder / "student", layers=1, width=16, max_position_embeddings=4096))},
         "prompts": {"path": str(write_rows(folder / "asked.jsonl", [{"prompt": text} for text in prompts]))},
         "collection": {"max_tokens": 10_000_000},
         "generation": {"max_new_tokens": 16, "sampling_temperature": 0.0},

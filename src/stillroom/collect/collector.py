@@ -30,7 +30,7 @@ from stillroom.collect.rate import RateController, Signal, Ticket
 from stillroom.collect.reading import rates_of, read_response
 from stillroom.collect.spend import Spend, worst_case
 from stillroom.collect.store import Counts, PendingCall, RequestStore, Reservation
-from stillroom.collect.transport import authorised, request_headers
+from stillroom.collect.transport import authorised, request_headers, without_key
 from stillroom.collect.wire import AGAIN, STOPS, Answer, Call, Endpoint, Failure, NotSent, Outcome, OutcomeUnknown, Response, Transport
 from stillroom.core.errors import CollectError, SpendCapReached
 from stillroom.core.interrupts import StopRequest
@@ -378,10 +378,12 @@ class Collector:
 async def send(
     transport: Transport, store: RequestStore, reservation: Reservation, headers: Mapping[str, str], timeout_seconds: float
 ) -> Response | Failure:
-    """Sends what was reserved. A response is still to be settled; of a failure, and of whatever else is raised, the store knows how the attempt ended."""
+    """Sends what was reserved. A response is still to be settled, and has no key in it; of a failure, and of whatever else is raised, the store knows how
+    the attempt ended.
+    """
     call = reservation.call
     try:
-        return await transport.send(call.endpoint.url, headers, call.content, timeout_seconds)
+        return without_key(await transport.send(call.endpoint.url, headers, call.content, timeout_seconds), call.endpoint)
     except NotSent as error:
         await store.release(reservation, "not-sent")
         return Failure(reason="not-sent", message=str(error))

@@ -262,7 +262,7 @@ class IntentSection(_Section):
 
 
 class CollectionSection(_Section):
-    """Only with teacher.endpoint: what may be spent, and how fast. All but top_logprobs and store may be changed while a run goes on."""
+    """Only with teacher.endpoint: what may be spent, and how fast. top_logprobs, store and redaction stay; the rest may be changed while a run goes on."""
 
     prices: str | None = None
     """A YAML file of prices, dated; docs/guides/probe-an-endpoint.md has one. A cap in money needs the model's price in it."""
@@ -279,7 +279,7 @@ class CollectionSection(_Section):
     store: str | None = None
     """A request store to use, which may hold a probe and answers already; by default requests.sqlite in the run's directory."""
     redaction: Literal["off", "placeholders", "restored"] = "placeholders"
-    """placeholders: secrets are taken out of every text before it is used. restored: of what is sent alone; the student sees them. off: they are sent."""
+    """placeholders: nobody sees the secrets in texts, the student neither. restored: they are taken out of what is sent alone. off: they are sent."""
 
     @field_validator("redaction", mode="before")
     @classmethod
@@ -301,7 +301,7 @@ class GenerationSection(_Section):
 
 
 class VerifierSection(_Section):
-    """Rules of your own that answers must pass: those that are given, in this order. What one fails on is left out as verifier-error."""
+    """Rules of your own, those that are given, in this order: what one rejects is left out as verifier, what it cannot judge as verifier-error."""
 
     regex: str | None = None
     """A regular expression, as Python has them, that must be found in the answer."""
@@ -337,7 +337,7 @@ class CurationSection(_Section):
     """Which answers are left out of what the student sees; docs/guides/clean-what-a-teacher-wrote.md shows it. Each is counted, with its reason."""
 
     steps: Literal["auto"] | tuple[CurationStep, ...] = "auto"
-    """In this order. auto: decontamination against the items of `evaluation`; before it, unless the teacher's own weights write, truncation, emptiness, refusal, identity."""
+    """In this order. auto: decontamination against the evaluation items; before it, where an endpoint answers or answers are given, the first four."""
     verifier: VerifierSection | None = None
 
     @field_validator("steps")

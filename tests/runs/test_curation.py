@@ -11,9 +11,13 @@ import pytest
 import yaml
 
 from scripted import Scripted, asked_recipe, scripted_endpoint
+from stillroom import demo
 from stillroom.collect.store import RequestStore
 from stillroom.core.errors import DataError, ModelError
-from stillroom.data import TransferSet
+from stillroom.data import Prompt, TransferSet
+from stillroom.data.curation import Row
+from stillroom.data.decontamination import Decontamination, EvaluationItem, hits_by_item
+from stillroom.data.redaction import Redactor
 from stillroom.runs import Recipe, compare, plan, run
 from stillroom.runs.directory import Run
 from tiny_run import tiny_recipe, write_rows
@@ -215,6 +219,18 @@ def test_another_rule_is_another_recipe_and_nothing_is_left_where_all_is_dropped
     found = lines(tmp_path / "run" / "curation.jsonl")
     assert len(found) == 24
     assert json.loads((tmp_path / "run" / "curation.json").read_text())["accepted"] == 0
+
+
+def test_what_the_demo_leaves_in() -> None:
+    """The demo runs no step, for its phrases stand on both sides; here is what the default would have left out. And redaction finds nothing in it."""
+    items, prompts = demo.expressions.draw(demo.EVALUATION_ITEMS, seed=0, held_out=True), demo.expressions.draw(demo.PROMPTS, seed=0, held_out=False)
+    held_out = Decontamination(items=tuple(EvaluationItem(split="e", id=str(n), prompt=item.text) for n, item in enumerate(items)))
+    dropped = held_out.sift([Row(key=str(n), prompt=Prompt.of(one.text), answer=one.answer) for n, one in enumerate(prompts)]).dropped
+    assert len(dropped) == 111
+    assert sum(drop.finding.evidence.startswith("the prompt of") for drop in dropped) == 19
+    assert len(hits_by_item(dropped)) == 43
+    redactor = Redactor()
+    assert all(redactor.redact(text).text == text for one in [*prompts[:3000], *items] for text in (one.text, one.answer))
 
 
 # --- redaction ----------------------------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ DOCS = source.ROOT / "docs"
 DOCUMENTS = sorted([*source.ROOT.glob("*.md"), *DOCS.rglob("*.md"), *(source.ROOT / "recipes").glob("*.md")])
 
 
-@pytest.mark.parametrize("name", ["cli.md", "recipe.md", "plan.md", "report.md", "report.schema.json", "errors.md", "fake-endpoint.md"])
+@pytest.mark.parametrize("name", ["cli.md", "recipe.md", "plan.md", "report.md", "report.schema.json", "errors.md", "fake-endpoint.md", "servers.md"])
 def test_generated_pages_are_fresh(name: str) -> None:
     written = (DOCS / "reference" / name).read_text(encoding="utf-8")
     assert written == generate_docs.pages()[name], f"docs/reference/{name} is stale: run `make docs`"

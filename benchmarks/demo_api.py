@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy
+
 from _common import finish, parser
 from stillroom import Run, demo
 from stillroom.models.loading import describe, load_model

@@ -68,7 +68,11 @@ def _findings(url: str, model: str, store: Path, words: int, index: TokenIndex |
     probed = probe_endpoint(Endpoint.parse(url, model), store, wanted, access="weights", licence="apache-2.0" if index else "own")
     kept = [{name: getattr(finding, name) for name in ("name", "verdict", "value", "evidence")} for finding in probed.report.findings]
     signal = probed.signal
-    return {"calls": probed.report.calls, "signal": {"kind": signal.kind, "k": signal.k, "reported": signal.reported, "why": signal.why}, "findings": kept}
+    return {
+        "calls": probed.report.calls,
+        "signal": {"kind": signal.kind, "k": signal.k, "reported": signal.reported, "why": signal.why},
+        "findings": kept,
+    }
 
 
 if __name__ == "__main__":

@@ -309,7 +309,9 @@ def test_targets_that_are_served_are_those_of_the_same_teacher_here(tmp_path: Pa
     stored = numpy.asarray(found.log_probs_RK)[rows]
     worst = (numpy.abs(stored - there) - RELATIVE * numpy.abs(there)).max()
     tails = numpy.abs(numpy.exp(numpy.asarray(found.tail_log_mass_R)[rows]) - numpy.exp(expected.tail_log_mass_R.numpy()[rows])).max()
-    print(f"{len(sequences)} answers, {len(rows)} rows: beyond float16's rounding at most {worst:.2e} nats, tails at most {tails:.2e}")  # for pytest -s
+    print(
+        f"{len(sequences)} answers, {len(rows)} rows: beyond float16's rounding at most {worst:.2e} nats, tails at most {tails:.2e}"
+    )  # for pytest -s
     assert worst < ABSOLUTE_NATS
     assert tails < ABSOLUTE_TAIL
     assert (full[ends].argmax(-1) == [sequence.ids[-1] for sequence in sequences]).all()

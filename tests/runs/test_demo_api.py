@@ -84,9 +84,8 @@ def test_it_stops_when_asked_goes_on_and_leaves_no_server(tmp_path: Path) -> Non
     assert f"{PROMPTS} answers verified, 0 demoted" in shown
     with RequestStore.open(out / "requests.sqlite", read_only=True) as store:
         spend = store.spend()
-    # Each row and each call of the probe once; what was under way when it was stopped was waited for.
-    assert spend.unknown == 0
-    assert PROMPTS + ITEMS < spend.attempts <= PROMPTS + ITEMS + MOST_CALLS
+    # Each row and each call of the probe once, but for what the server broke off, which is told.
+    assert PROMPTS + ITEMS < spend.attempts <= PROMPTS + ITEMS + MOST_CALLS + spend.unknown
     third = started(out)
     again, said = third.communicate(timeout=120)
     assert third.returncode == 0, said

@@ -88,7 +88,9 @@ def test_the_server_that_is_installed_is_the_one_of_the_reference(teacher: str, 
     newest = max((Path(__file__).parents[2] / "benchmarks" / "results").glob("*-servers.json"))
     stored = next(server for server in json.loads(newest.read_text(encoding="utf-8"))["servers"] if server["name"] == "llama.cpp")
     report = probed(Endpoint.parse(teacher, "teacher"), overflow_tokens=600, index=index)
-    assert stored["version"] == f"xllamacpp {metadata.version('xllamacpp')}", "another version: run benchmarks/servers.py and scripts/generate_docs.py"
+    assert stored["version"] == f"xllamacpp {metadata.version('xllamacpp')}", (
+        "another version: run benchmarks/servers.py and scripts/generate_docs.py"
+    )
     assert [(one.name, one.verdict, one.value) for one in report.findings] == [(f["name"], f["verdict"], f["value"]) for f in stored["findings"]]
     assert signal(report).kind == stored["signal"]["kind"]
 

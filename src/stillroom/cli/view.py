@@ -167,7 +167,13 @@ def _terms(terms: Terms) -> str:
 
 def report_page(report: Report) -> RenderableType:
     """The main figures of a report."""
-    parts = [_quality(report), _fidelity(report), _costs(report), *([_collection(report.collection)] if report.collection is not None else []), _made(report)]
+    parts = [
+        _quality(report),
+        _fidelity(report),
+        _costs(report),
+        *([_collection(report.collection)] if report.collection is not None else []),
+        _made(report),
+    ]
     return Group(*(piece for part in parts for piece in (Text(""), part)))
 
 
@@ -219,7 +225,9 @@ def _collection(collection: Collection) -> RenderableType:
         counts = (rows.requested, rows.accepted, sum(rows.rejected.values()), sum(rows.failed.values()), rows.pending)
         table.add_row(purpose, *(f"{count:,}" for count in counts))
     account = [f"log-probabilities: {collection.logprobs_verified:,} answers verified, {_by_reason(collection.logprobs_demoted)} demoted"]
-    left_out = [f"{purpose}: {reason} {count:,}" for purpose, rows in collection.rows.items() for reason, count in (rows.rejected | rows.failed).items()]
+    left_out = [
+        f"{purpose}: {reason} {count:,}" for purpose, rows in collection.rows.items() for reason, count in (rows.rejected | rows.failed).items()
+    ]
     account += [f"left out: {', '.join(left_out)}"] if left_out else []
     cap = f" of a cap of {collection.cap_tokens.value:,.0f}" if isinstance(collection.cap_tokens, Number) else ""
     money = "" if isinstance(collection.spent_money, Absent) else f" ({collection.spent_money.value:.6g} {collection.spent_money.unit})"

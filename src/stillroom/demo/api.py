@@ -28,7 +28,7 @@ _CONTEXT_TOKENS = 256
 _OVERFLOW_WORDS = 600
 # Measured on two cores, one of which collects: fewer leave the server idle, more wait for one another.
 _SERVED_AT_ONCE, _IN_FLIGHT = 16, 32
-# Prompts and items take about a quarter of it.
+# The most that all prompts can be charged, each byte of a request counted as a token; some twentieth of it is spent.
 _MOST_TOKENS = 5_000_000
 
 
@@ -42,10 +42,12 @@ def run_api(out: Path, seed: int, *, port: int | None, observer: Observer) -> Ru
     inputs = out.resolve() / "inputs"
     if port is None:
         port = _port_of(out) or PORT
-    recipe = recipe_over(inputs, seed, f"http://{serving.HOST}:{port or serving.free_port()}/v1")
+    port = port or serving.free_port()
+    recipe = recipe_over(inputs, seed, f"http://{serving.HOST}:{port}/v1")
     found = Run.begin(recipe, out)  # before anything of another run is touched
     if STATES.index(found.state) >= STATES.index("evaluated"):
         return run(recipe, out=out, observer=observer)
+    serving.require_free(port)
     demo.prepare(out, seed)
     written = yaml.safe_dump(recipe.model_dump(mode="json", exclude_unset=True), sort_keys=False, allow_unicode=True, width=150)
     durable.write_bytes_atomic(inputs / "recipe.yaml", written.encode())

@@ -115,7 +115,7 @@ def started(student: Path, settings: ServerSettings, backend: Backend) -> Iterat
     if not student.exists():
         raise ModelError("model-missing", found=f"no {student}", expected="a Hugging Face directory or a .gguf file", do="Check the path.")
     if settings.port:
-        _require_free(settings.port)
+        require_free(settings.port)
     with ExitStack() as stack:
         log = stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace"))
         start = _start_llama if backend == "llama.cpp" else _start_vllm
@@ -269,7 +269,8 @@ def _has_chat_template(student: Path) -> bool:
         return False
 
 
-def _require_free(port: int) -> None:
+def require_free(port: int) -> None:
+    """Raises ResourceError 'port-in-use' where something listens at it."""
     with socket.socket() as held:
         # As servers do: an address whose last connections are still fading is free.
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -21,6 +21,7 @@ from stillroom import demo
 from stillroom.collect.logprobs import TokenIndex
 from stillroom.collect.store import RequestStore
 from stillroom.collect.wire import Endpoint
+from stillroom.core import durable
 from stillroom.core.errors import CollectError, EntitlementDenied, EntitlementUnknown, ModelError, RecipeError, SpendCapReached, SpendError
 from stillroom.data import TransferSet
 from stillroom.ledger import Ledger
@@ -281,18 +282,19 @@ _CROSS_ENTROPY = Recipe.from_tree(
 
 
 # float16 on the disk moves a log-probability by 2^-11 of itself at most, and the server's arithmetic is not PyTorch's.
-RELATIVE, ABSOLUTE_NATS = 2.0**-11, 2e-3
+RELATIVE, ABSOLUTE_NATS, ABSOLUTE_TAIL = 2.0**-11, 1e-4, 1e-4
 
 
-def test_targets_that_are_served_are_those_of_the_same_teacher_here(tmp_path: Path, served: str) -> None:
-    prompts = 60
-    recipe = served_recipe(tmp_path / "in", served, prompts=prompts)
+@pytest.mark.parametrize("prompts", [100, pytest.param(1_000, marks=pytest.mark.soak)])
+def test_targets_that_are_served_are_those_of_the_same_teacher_here(tmp_path: Path, served: str, prompts: int) -> None:
+    recipe = served_recipe(tmp_path / "in", served, prompts=prompts, collection={"max_tokens": 10_000_000, "in_flight": 16})
     keep_probe(endpoint_of(recipe), tmp_path / "run" / "requests.sqlite")
     done = run(recipe, out=tmp_path / "run", until="collected")
+    assert not durable.read_json(done.bought_path)["demoted"]
     prepared = prepare(recipe, out=done.directory)
     store = TargetStore.open(done.store_path, store_identity(prepared))
-    ids = list(store.record_ids)
-    sequences, found = store.read(ids)
+    assert len(store) >= 0.97 * prompts  # prompts may share a record
+    sequences, found = store.read(list(store.record_ids))
     assert isinstance(found, TopKTargets)
     description = describe(str(TEACHER))
     vocabulary = vocabulary_of(load_tokenizer(str(TEACHER)), description.shape.rows, description.end_ids)
@@ -305,8 +307,11 @@ def test_targets_that_are_served_are_those_of_the_same_teacher_here(tmp_path: Pa
     rows = numpy.setdiff1d(numpy.arange(len(full)), ends)  # of the end token the server says nothing
     there = numpy.take_along_axis(full[rows], numpy.asarray(found.ids_RK)[rows].astype(numpy.int64), 1)
     stored = numpy.asarray(found.log_probs_RK)[rows]
-    worst = numpy.abs(stored - there) - RELATIVE * numpy.abs(there)
-    assert worst.max() < ABSOLUTE_NATS, worst.max()
-    tails = numpy.exp(numpy.asarray(found.tail_log_mass_R)[rows]) - numpy.exp(expected.tail_log_mass_R.numpy()[rows])
-    assert numpy.abs(tails).max() < 1e-4
+    worst = (numpy.abs(stored - there) - RELATIVE * numpy.abs(there)).max()
+    tails = numpy.abs(numpy.exp(numpy.asarray(found.tail_log_mass_R)[rows]) - numpy.exp(expected.tail_log_mass_R.numpy()[rows])).max()
+    print(
+        f"{len(sequences)} answers, {len(rows)} rows: beyond float16's rounding at most {worst:.2e} nats, tails at most {tails:.2e}"
+    )  # for pytest -s
+    assert worst < ABSOLUTE_NATS
+    assert tails < ABSOLUTE_TAIL
     assert (full[ends].argmax(-1) == [sequence.ids[-1] for sequence in sequences]).all()

@@ -20,6 +20,7 @@ from stillroom.core import durable, optional
 from stillroom.core.errors import RunError
 from stillroom.core.interrupts import StopRequest
 from stillroom.core.launch import launched
+from stillroom.demo.api import run_api
 from stillroom.models import serving
 from stillroom.runs import publishing
 from stillroom.runs.directory import Run
@@ -27,10 +28,11 @@ from stillroom.runs.recipe import Recipe
 from stillroom.runs.template import recipe_template
 
 
-def demo(out: Path, seed: int) -> None:
-    """Runs the bundled pair."""
-    recipe = bundled.prepare(out, seed)
-    finish(runs.run(recipe, out=out, observer=view.Screen(errors())))
+def demo(out: Path, seed: int, api: bool, port: int | None) -> None:
+    """Runs the bundled pair; with `api`, the teacher behind an address."""
+    with view.Screen(errors()) as screen:
+        run = run_api(out, seed, port=port, observer=screen) if api else runs.run(bundled.prepare(out, seed), out=out, observer=screen)
+    finish(run)
 
 
 def init(out: Path) -> None:

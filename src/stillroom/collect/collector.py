@@ -89,7 +89,8 @@ class Reader:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    """How patient a collection is. Bodies larger than `inline_bytes` are read in one of `decoders` processes (0: all in the event loop).
+    """How patient a collection is. Bodies larger than `inline_bytes` are read in one of `decoders` processes (0: all in the event loop), each of
+    which is given what reads them once; where one cannot be had, they are read in the event loop.
 
     Threads would not do: a body is parsed in one go that holds the interpreter's lock.
     """
@@ -149,7 +150,7 @@ class Collector:
         self._policy = policy or Policy()
         self._stop, self._progress, self._jitter = stop, progress, jitter or random.Random()
         self._headers = request_headers()
-        self._decoders: list[Executor] = []
+        self._decoders: list[Executor] | None = None  # until the first body that is for them
         self._page: deque[PendingCall] = deque()
         self._position = 0
         self._ready: deque[_Try] = deque()
@@ -174,7 +175,7 @@ class Collector:
             finally:
                 await self._drain()
         finally:
-            for decoder in self._decoders:
+            for decoder in self._decoders or ():
                 decoder.shutdown()
             if reporting is not None:
                 reporting.cancel()
@@ -310,14 +311,16 @@ class Collector:
             self._answered += 1
 
     async def _parsed(self, call: Call, response: Response) -> Parsed:
-        if not self._policy.decoders or len(response.body) <= self._policy.inline_bytes:
+        if len(response.body) <= self._policy.inline_bytes:
             return self._parse(call, response)
+        if self._decoders is None:
+            self._decoders = _started(self._policy.decoders, self._parse)
         if not self._decoders:
-            self._decoders = [_decoder() for _ in range(self._policy.decoders)]
+            return self._parse(call, response)
         decoder = self._decoders[next(self._order) % len(self._decoders)]
         plain = Call(endpoint=call.endpoint, body=call.body, sample=call.sample)  # without what a subclass and its caches carry
         try:
-            return await asyncio.get_running_loop().run_in_executor(decoder, self._parse, plain, response)
+            return await asyncio.get_running_loop().run_in_executor(decoder, _read_there, plain, response)
         except BrokenExecutor:  # killed, perhaps for memory: what was paid for is read here
             return self._parse(call, response)
 
@@ -395,9 +398,22 @@ async def send(
         raise
 
 
-def _decoder() -> Executor:
-    """A process that reads responses. Not forked, for this process has threads; and it does not import the caller's script, which need not expect that."""
-    executor = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+def _started(decoders: int, parse: Parse) -> list[Executor]:
+    """Processes that read responses with `parse`; none where it cannot be given to them, or none can be started."""
+    found: list[Executor] = []
+    for _ in range(decoders):
+        try:
+            found.append(_decoder(parse))
+        except Exception:  # there is no telling what it meets whose copy is made; what was paid for is read in the event loop
+            break
+    return found
+
+
+def _decoder(parse: Parse) -> Executor:
+    """A process that reads responses, given `parse` once: a tokenizer in it is far larger than a response. Not forked, for this process has threads;
+    and it does not import the caller's script, which need not expect that.
+    """
+    executor = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=_read_with, initargs=(parse,))
     main = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")
     try:
@@ -405,6 +421,19 @@ def _decoder() -> Executor:
     finally:
         sys.modules["__main__"] = main
     return executor
+
+
+_parse_here: Parse | None = None  # in a process of `_decoder`, what reads
+
+
+def _read_with(parse: Parse) -> None:
+    global _parse_here
+    _parse_here = parse
+
+
+def _read_there(call: Call, response: Response) -> Parsed:
+    assert _parse_here is not None, "only a process of _decoder reads so"
+    return _parse_here(call, response)
 
 
 def _signal(outcome: Outcome) -> Signal:

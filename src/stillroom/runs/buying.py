@@ -131,7 +131,7 @@ class Purchases:
             self.teacher.endpoint,
             parse=reader_of(self.prepared),
             controller=RateController(time.monotonic, largest_concurrency=section.in_flight, state=self.store.recall("rates", self.teacher.endpoint)),
-            policy=self._policy(),
+            policy=Policy(timeout_seconds=section.timeout_seconds),
             stop=self.stop,
             progress=lambda progress: self._tell(progress, rows),
         )
@@ -143,11 +143,6 @@ class Purchases:
             with suppress(asyncio.CancelledError):
                 await shelving
             await transport.close()
-
-    def _policy(self) -> Policy:
-        """With a tokenizer responses are read here: it would have to go to another process with each of them."""
-        policy = Policy(timeout_seconds=self.prepared.recipe.buying.timeout_seconds)
-        return replace(policy, decoders=0) if self.prepared.plan.signal.kind == "top_k" else policy
 
     def _tell(self, progress: Progress, rows: int) -> None:
         spent = f"{progress.spend.settled.tokens:,} tokens"

@@ -29,15 +29,17 @@ from stillroom.runs.template import recipe_template
 
 def demo(out: Path, seed: int) -> None:
     """Runs the bundled pair."""
-    recipe = bundled.prepare(out, seed)
+    with durable.unwritable_reported(out, "--out"):
+        recipe = bundled.prepare(out, seed)
     finish(runs.run(recipe, out=out, observer=view.Screen(errors())))
 
 
 def init(out: Path) -> None:
     """Writes the commented recipe. Raises RunError where `out` exists."""
-    if out.exists():
-        raise RunError("run-not-a-run", found=f"{out} exists", expected="a new file", do="Choose another --out, or move that file away.")
-    durable.write_bytes_atomic(out, recipe_template().encode())
+    with durable.unwritable_reported(out, "--out"):
+        if out.exists():
+            raise RunError("run-not-a-run", found=f"{out} exists", expected="a new file", do="Choose another --out, or move that file away.")
+        durable.write_bytes_atomic(out, recipe_template().encode())
     output().print(f"Wrote {out}. Edit teacher, terms, student and prompts, then: stillroom plan {out}", soft_wrap=True, highlight=False)
 
 

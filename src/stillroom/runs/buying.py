@@ -68,7 +68,8 @@ class Purchases:
         teacher = prepared.endpoint_teacher
         assert teacher is not None
         place = teacher.store or run.requests_path
-        place.parent.mkdir(parents=True, exist_ok=True)
+        with durable.unwritable_reported(place, "collection.store"):
+            place.parent.mkdir(parents=True, exist_ok=True)
         with RequestStore.open(place) as store:
             store.permit(teacher.endpoint, teacher.price, teacher.caps)
             yield cls(prepared, teacher, store, observer, stop)

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from stillroom.runs import Comparison, Plan
-from stillroom.runs.plan import CardFit, ModelFacts, Terms
+from stillroom.runs.plan import CardFit, ModelFacts, RedactionFacts, Terms
 from stillroom.runs.report import Absent, Collection, Maybe, Number, Report
 
 _MODELS = (("teacher", "teacher"), ("student", "student"), ("label_only", "label-only"), ("student_before", "student before"))
@@ -114,6 +114,10 @@ def plan_page(plan: Plan) -> RenderableType:
     )
     signal = plan.signal
     table.add_row("signal", f"{signal.kind}{' (live)' if signal.live else ''}, {signal.bytes_per_token} bytes a token: {signal.why}")
+    if plan.curation is not None:
+        table.add_row("curation", Text(f"{', '.join(plan.curation.steps) or 'no steps'}: {plan.curation.why}"))
+    if plan.redaction is not None:
+        table.add_row("redaction", Text(_redaction(plan.redaction)))
     table.add_row("objective", f"{plan.objective}; {plan.steps:,} steps, {plan.epochs:.1f} epochs")
     hardware = plan.hardware
     teacher = "" if hardware.teacher_dtype == hardware.dtype else f" (teacher {hardware.teacher_dtype})"
@@ -127,6 +131,13 @@ def plan_page(plan: Plan) -> RenderableType:
     table.add_row("disk", f"about {_size(estimate.disk_bytes)}, of {_size(estimate.disk_free_bytes)} free")
     notes = [Text(f"warning: {warning}", style="yellow") for warning in plan.warnings]
     return Group(table, *([Text(""), _cards(plan.cards)] if plan.cards else []), *notes)
+
+
+def _redaction(found: RedactionFacts) -> str:
+    if found.mode == "off":
+        return "off: prompts are sent as they are"
+    replaced = ", ".join(f"{one.places:,} {one.kind} in {one.texts:,}" for one in found.kinds) or "nothing was found"
+    return f"{found.mode}; in {found.texts:,} texts: {replaced}"
 
 
 def _model_line(model: ModelFacts) -> str:

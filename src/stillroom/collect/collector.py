@@ -18,7 +18,7 @@ import random
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -30,7 +30,7 @@ from stillroom.collect.rate import RateController, Signal, Ticket
 from stillroom.collect.reading import rates_of, read_response
 from stillroom.collect.spend import Spend, worst_case
 from stillroom.collect.store import Counts, PendingCall, RequestStore, Reservation
-from stillroom.collect.transport import authorised, request_headers
+from stillroom.collect.transport import authorised, request_headers, without_key
 from stillroom.collect.wire import AGAIN, STOPS, Answer, Call, Endpoint, Failure, NotSent, Outcome, OutcomeUnknown, Response, Transport
 from stillroom.core.errors import CollectError, SpendCapReached
 from stillroom.core.interrupts import StopRequest
@@ -126,7 +126,9 @@ class _Try:
 
 
 class Collector:
-    """Collects for one model at one endpoint, whose calls alone may be pending. Made for one `collect`."""
+    """Collects for one model at one endpoint: the calls of `only` (their keys), which others may wait beside; all that is pending where it is None, which
+    must then be of that endpoint. Made for one `collect`.
+    """
 
     def __init__(
         self,
@@ -141,7 +143,9 @@ class Collector:
         stop: StopRequest | None = None,
         progress: Callable[[Progress], None] | None = None,
         jitter: random.Random | None = None,
+        only: Container[str] | None = None,
     ) -> None:
+        self._only = only
         self._transport, self._store, self._endpoint = transport, store, endpoint
         self._parse = parse or Reader()
         self._controller = controller or RateController(
@@ -163,7 +167,7 @@ class Collector:
         self._answered = self._failed = 0
 
     async def collect(self) -> Counts:
-        """Buys all that is pending, and says where the rows are.
+        """Buys all that is pending (of `only`), and says where the rows are.
 
         What was in flight is waited for, for `drain_seconds` at most, and all is settled, before it raises: Interrupted at a request to stop,
         SpendCapReached, CollectError 'endpoint-refuses' and 'key-unusable'. Run again, it goes on.
@@ -220,15 +224,24 @@ class Collector:
             return self._ready.popleft()
         if len(self._later) >= _PAGE:
             return None  # what waits is all that is kept in memory
-        if not self._page:
-            self._page.extend(await asyncio.to_thread(self._store.pending, _PAGE, self._position))
-        if not self._page:
+        call = await self._following()
+        if call is None:
             return None
-        call = self._page.popleft()
-        self._position = call.position
         if call.endpoint.identity != self._endpoint.identity or call.body.get("n") not in (None, 1):
             raise ValueError(f"call {call.key} is for another endpoint, or for several answers at once")
         return _Try(call)
+
+    async def _following(self) -> PendingCall | None:
+        """The next call of the store that is to be bought here."""
+        while True:
+            if not self._page:
+                self._page.extend(await asyncio.to_thread(self._store.pending, _PAGE, self._position))
+            if not self._page:
+                return None
+            call = self._page.popleft()
+            self._position = call.position
+            if self._only is None or call.key in self._only:
+                return call
 
     async def _wait(self, seconds: float) -> None:
         """Until something is finished, `seconds` have passed, or it is time to look whether to stop."""
@@ -381,10 +394,12 @@ class Collector:
 async def send(
     transport: Transport, store: RequestStore, reservation: Reservation, headers: Mapping[str, str], timeout_seconds: float
 ) -> Response | Failure:
-    """Sends what was reserved. A response is still to be settled; of a failure, and of whatever else is raised, the store knows how the attempt ended."""
+    """Sends what was reserved. A response is still to be settled, and has no key in it; of a failure, and of whatever else is raised, the store knows how
+    the attempt ended.
+    """
     call = reservation.call
     try:
-        return await transport.send(call.endpoint.url, headers, call.content, timeout_seconds)
+        return without_key(await transport.send(call.endpoint.url, headers, call.content, timeout_seconds), call.endpoint)
     except NotSent as error:
         await store.release(reservation, "not-sent")
         return Failure(reason="not-sent", message=str(error))

@@ -171,7 +171,7 @@ def prepare(recipe: Recipe, *, out: Path | None = None, planned: Plan | None = N
     student = _plan_student(recipe, teacher, tokenizer, teacher_vocabulary, base)
     renderer = Renderer(tokenizer)
     inputs = Inputs(recipe)
-    prompts = inputs.prompts
+    prompts, _ = inputs.prompts, inputs.pairs  # and the items before them: what is wrong with any of them is said before anything is spent
     if sources_of(recipe) != sources:  # a card came with what was fetched
         verdict = decided(recipe)
     if planned is not None:

@@ -26,7 +26,7 @@ from stillroom.collect.store import RequestStore, Row, StoredRow
 from stillroom.collect.transport import open_transport
 from stillroom.collect.wire import Answer, Call
 from stillroom.core import durable
-from stillroom.core.errors import SpendCapReached
+from stillroom.core.errors import RequestStoreError, SpendCapReached
 from stillroom.core.identities import TokenIds, TokenSequence
 from stillroom.core.interrupts import StopRequest
 from stillroom.data import Prompt
@@ -42,6 +42,7 @@ from stillroom.runs.summaries import Bought, Rows
 from stillroom.targets.kinds import Targets, TopKTargets
 from stillroom.targets.rows import concatenate, slice_targets
 from stillroom.targets.store import StoredRecord
+from stillroom.targets.vocabulary import Vocabulary
 
 # Answers whose log-probabilities go into one file.
 _SHARD = 512
@@ -64,13 +65,18 @@ class Purchases:
     @classmethod
     @contextmanager
     def opened(cls, run: Run, prepared: Prepared, observer: Observer, stop: StopRequest | None) -> Iterator[Purchases]:
-        """Opens the store, makes it where there is none, and lets it buy under the recipe's caps. Raises as RequestStore.open and `permit` do."""
+        """Opens the store, makes it where there is none, and lets it buy under the recipe's caps. Raises as RequestStore.open and `permit` do, and where
+        what is in it was read with another tokenizer.
+        """
         teacher = prepared.endpoint_teacher
         assert teacher is not None
         place = teacher.store or run.requests_path
-        place.parent.mkdir(parents=True, exist_ok=True)
+        with durable.unwritable_reported(place, "collection.store"):
+            place.parent.mkdir(parents=True, exist_ok=True)
         with RequestStore.open(place) as store:
             store.permit(teacher.endpoint, teacher.price, teacher.caps)
+            if prepared.plan.signal.kind == "top_k":
+                _require_same_tokenizer(store, teacher, prepared.teacher_vocabulary)
             yield cls(prepared, teacher, store, observer, stop)
 
     def buy(self, purpose: str, prompts: Sequence[Prompt], *, temperature: float, top_logprobs: int | None = None) -> list[str]:
@@ -86,9 +92,9 @@ class Purchases:
         began = time.monotonic()
         if self.store.pending(1):
             try:
-                asyncio.run(self._collect(len(prompts)))
+                asyncio.run(self._collect(frozenset(call.key for call in calls)))
             except SpendCapReached as error:
-                raise self._cap_reached(error) from error
+                raise self._cap_reached(error, set(names)) from error
         self.seconds += time.monotonic() - began
         self._shelve(1)
         wanted = set(names)
@@ -122,7 +128,7 @@ class Purchases:
 
     # -- the loop ----------------------------------------------------------------------------------------------------------------
 
-    async def _collect(self, rows: int) -> None:
+    async def _collect(self, keys: frozenset[str]) -> None:
         section = self.prepared.recipe.buying
         transport = open_transport()
         collector = Collector(
@@ -131,9 +137,10 @@ class Purchases:
             self.teacher.endpoint,
             parse=reader_of(self.prepared),
             controller=RateController(time.monotonic, largest_concurrency=section.in_flight, state=self.store.recall("rates", self.teacher.endpoint)),
-            policy=self._policy(),
+            policy=Policy(timeout_seconds=section.timeout_seconds),
             stop=self.stop,
-            progress=lambda progress: self._tell(progress, rows),
+            progress=lambda progress: self._tell(progress, len(keys)),
+            only=keys,
         )
         shelving = asyncio.create_task(self._shelve_as_they_come())
         try:
@@ -144,11 +151,6 @@ class Purchases:
                 await shelving
             await transport.close()
 
-    def _policy(self) -> Policy:
-        """With a tokenizer responses are read here: it would have to go to another process with each of them."""
-        policy = Policy(timeout_seconds=self.prepared.recipe.buying.timeout_seconds)
-        return replace(policy, decoders=0) if self.prepared.plan.signal.kind == "top_k" else policy
-
     def _tell(self, progress: Progress, rows: int) -> None:
         spent = f"{progress.spend.settled.tokens:,} tokens"
         if progress.spend.currency is not None:
@@ -156,13 +158,12 @@ class Purchases:
         done = {"requests/s": f"{progress.requests_per_second:,.1f}", "spent": spent}
         self.observer.progress(min(rows, progress.answered + progress.failed), rows, "answers", done)
 
-    def _cap_reached(self, error: SpendCapReached) -> SpendCapReached:
-        counts = self.store.counts()
-        bought = counts.accepted + sum(counts.rejected.values()) + counts.answered
+    def _cap_reached(self, error: SpendCapReached, wanted: set[str]) -> SpendCapReached:
+        states = Counter(row.state for row in self.store.rows() if row.row in wanted)
         return SpendCapReached(
             "spend-cap-reached",
             may_fit_later=error.may_fit_later,
-            found=f"{bought:,} of {counts.requested:,} rows are bought, {counts.pending - counts.answered:,} are missing; {error.found}",
+            found=f"{states['answered']:,} of {states.total():,} rows are bought, {states['pending'] + states['in-flight']:,} are missing; {error.found}",
             expected=error.expected,
             why=error.why,
             do="Raise collection.max_money or collection.max_tokens and give the same command again: what was bought is kept, and is not paid for again.",
@@ -223,6 +224,21 @@ class Purchases:
     def write_summary(self, run: Run) -> None:
         """requests.json."""
         durable.write_json_atomic(run.bought_path, self.summary().model_dump(mode="json"))
+
+
+def _require_same_tokenizer(store: RequestStore, teacher: EndpointTeacher, vocabulary: Vocabulary) -> None:
+    """The ids beside the store are of one tokenizer. Raises RequestStoreError 'request-store-other' where they are of another than the recipe's."""
+    known = store.recall("tokenizer", teacher.endpoint)
+    if known is None:
+        store.remember("tokenizer", teacher.endpoint, {"fingerprint": vocabulary.fingerprint})
+    elif known["fingerprint"] != vocabulary.fingerprint:
+        raise RequestStoreError(
+            "request-store-other",
+            found=f"{store.path}, whose log-probabilities of {teacher.source!r} were read with a tokenizer whose fingerprint is {known['fingerprint']}",
+            expected=f"{vocabulary.fingerprint}, that of teacher.tokenizer",
+            why="an id would mean another token",
+            do="Give teacher.tokenizer as it was, or choose another collection.store.",
+        )
 
 
 def _name(purpose: str, prompt: Prompt, call: Call) -> str:

@@ -163,10 +163,12 @@ def prepare(recipe: Recipe, *, out: Path | None = None, planned: Plan | None = N
     decided = entitled if gate or no_plan else decide_recipe
     verdict, sources = decided(recipe), sources_of(recipe)
     loggers_chosen(recipe.logging)
-    teacher, tokenizer, teacher_vocabulary = _teacher(recipe, out)
+    teacher = _teacher(recipe, out)
     if planned is not None and isinstance(teacher, ModelDescription):
         _require_same_teacher(planned, teacher)
-    student = _plan_student(recipe, teacher, tokenizer, teacher_vocabulary)
+    base = _base(recipe)
+    tokenizer, teacher_vocabulary = _tokens_of(recipe, teacher, base)
+    student = _plan_student(recipe, teacher, tokenizer, teacher_vocabulary, base)
     renderer = Renderer(tokenizer)
     inputs = Inputs(recipe)
     prompts = inputs.prompts
@@ -194,25 +196,46 @@ def prepare(recipe: Recipe, *, out: Path | None = None, planned: Plan | None = N
     )
 
 
-def _teacher(recipe: Recipe, out: Path | None) -> tuple[ModelDescription | EndpointTeacher, PreTrainedTokenizerFast, Vocabulary]:
-    """The teacher, and the tokenizer that its text is in with its vocabulary. Behind an endpoint that is the one that the recipe names, else the student's,
+@dataclass(frozen=True, slots=True)
+class _Base:
+    """The model that the student is made from."""
+
+    description: ModelDescription
+    tokenizer: PreTrainedTokenizerFast
+    vocabulary: Vocabulary
+
+
+def _teacher(recipe: Recipe, out: Path | None) -> ModelDescription | EndpointTeacher:
+    if recipe.teacher.endpoint is None:
+        return describe(recipe.teacher.source, recipe.teacher.revision)
+    require_askable(recipe)
+    return endpoint_teacher(recipe, out)
+
+
+def _base(recipe: Recipe) -> _Base | None:
+    """None where the student is no model that exists."""
+    section = recipe.student
+    if section.model is None:
+        return None
+    description = describe(section.model, section.revision)
+    tokenizer = load_tokenizer(section.model, section.revision)
+    return _Base(description, tokenizer, vocabulary_of(tokenizer, description.shape.rows, description.end_ids))
+
+
+def _tokens_of(recipe: Recipe, teacher: ModelDescription | EndpointTeacher, base: _Base | None) -> tuple[PreTrainedTokenizerFast, Vocabulary]:
+    """The tokenizer that the teacher's text is in, with its vocabulary. Behind an endpoint that is the one that the recipe names, else the student's,
     in whose tokens the teacher's text is then written.
     """
     section = recipe.teacher
-    if section.endpoint is None:
-        description = describe(section.source, section.revision)
+    if isinstance(teacher, ModelDescription):
         tokenizer = load_tokenizer(section.source, section.revision)
-        return description, tokenizer, vocabulary_of(tokenizer, description.shape.rows, description.end_ids)
-    require_askable(recipe)
-    teacher = endpoint_teacher(recipe, out)
+        return tokenizer, vocabulary_of(tokenizer, teacher.shape.rows, teacher.end_ids)
     if section.tokenizer is not None:
         tokenizer = load_tokenizer(section.tokenizer)
         rows = 1 + max([*tokenizer.get_vocab().values(), *tokenizer.added_tokens_decoder])
-        return teacher, tokenizer, vocabulary_of(tokenizer, rows)
-    assert recipe.student.model is not None, "the recipe has been refused otherwise"
-    description = describe(recipe.student.model, recipe.student.revision)
-    tokenizer = load_tokenizer(recipe.student.model, recipe.student.revision)
-    return teacher, tokenizer, vocabulary_of(tokenizer, description.shape.rows, description.end_ids)
+        return tokenizer, vocabulary_of(tokenizer, rows)
+    assert base is not None, "the recipe has been refused otherwise"
+    return base.tokenizer, base.vocabulary
 
 
 def _context_length(teacher: ModelDescription | EndpointTeacher) -> int | None:
@@ -257,12 +280,15 @@ def objective_of(section: ObjectiveSection) -> Objective:
 
 
 def _plan_student(
-    recipe: Recipe, teacher: ModelDescription | EndpointTeacher, tokenizer: PreTrainedTokenizerFast, teacher_vocabulary: Vocabulary
+    recipe: Recipe,
+    teacher: ModelDescription | EndpointTeacher,
+    tokenizer: PreTrainedTokenizerFast,
+    teacher_vocabulary: Vocabulary,
+    base: _Base | None,
 ) -> StudentPlan:
     section = recipe.student
-    if section.model is not None:
-        description = describe(section.model, section.revision)
-        vocabulary = vocabulary_of(load_tokenizer(section.model, section.revision), description.shape.rows, description.end_ids)
+    if base is not None:
+        description, vocabulary = base.description, base.vocabulary
         require_same(teacher_vocabulary, vocabulary)
         return StudentPlan(
             kind=description.ref.kind,

@@ -267,7 +267,8 @@ class CollectionSection(_Section):
     prices: str | None = None
     """A YAML file of prices, dated; docs/guides/probe-an-endpoint.md has one. A cap in money needs the model's price in it."""
     max_money: Annotated[float, Field(ge=0.0)] | None = None
-    """The most that the run may spend, in the currency of the prices: reserved before each request, so it cannot be passed."""
+    """The most that the run may spend, in the currency of the prices: reserved before each request, so it cannot be passed. What its request store has spent
+    before (a probe, another run with the same `store`) is counted."""
     max_tokens: Annotated[int, Field(ge=0, le=_MOST)] | None = None
     """The most that it may spend in tokens, prompts' and answers'. One of the two caps is needed; where the price is not known, this one."""
     in_flight: Positive = 256
@@ -277,7 +278,8 @@ class CollectionSection(_Section):
     top_logprobs: Literal["auto"] | Annotated[int, Field(ge=1, le=1000)] = "auto"
     """How many alternatives to ask for at each token; auto: as many as the stored probe proved, at most targets.k, and none without a probe."""
     store: str | None = None
-    """A request store to use, which may hold a probe and answers already; by default requests.sqlite in the run's directory."""
+    """A request store to use, which may hold a probe and answers already: what is asked again is not bought again. One run at a time uses it; the caps hold
+    for all that it has spent. By default requests.sqlite in the run's directory."""
     redaction: Literal["off", "placeholders", "restored"] = "placeholders"
     """placeholders: nobody sees the secrets in texts, the student neither. restored: they are taken out of what is sent alone. off: they are sent."""
 

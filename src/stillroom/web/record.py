@@ -24,6 +24,7 @@ _COSTS: tuple[tuple[str, str, f.Style, str], ...] = (
     ("peak_memory_bytes", "Peak memory", f.size, "A fresh process that loads the model and answers, beyond the libraries."),
 )
 
+_PURPOSES = {"collect": "Collecting", "evaluate": "Evaluating", "compare": "Comparing"}
 _STAGES = {
     "plan": "Planning",
     "collect": "Collecting the teacher\u2019s targets",
@@ -69,11 +70,14 @@ def collection(report: Node) -> Html | None:
     node: Mapping[str, Any] | None = dig(report, "collection")
     if not node:
         return None
-    rows: list[list[Child]] = []
-    for purpose, found in (node.get("rows") or {}).items():
-        rows.append([el("bdi", str(purpose)), *(_number(found.get(key)) for key in ("requested", "accepted")), _by_reason(found.get("rejected")),
-                     _by_reason(found.get("failed")), _number(found.get("pending"))])  # fmt: skip
-    heads = ["Asked for", "Requested", "Accepted", "Rejected", "Failed", "Pending"]
+    asked: Mapping[str, Any] = node.get("rows") or {}
+    shows = (
+        ("Requested", "requested", _number), ("Accepted", "accepted", _number), ("Rejected", "rejected", _by_reason), ("Failed", "failed", _by_reason),
+        ("Pending", "pending", _number),
+    )  # fmt: skip
+    # A column for each purpose, of which there are few: reasons are words, and need room on a phone.
+    heads: list[Child] = ["Rows", *(el("bdi", _PURPOSES.get(purpose, purpose)) for purpose in asked)]
+    rows: list[list[Child]] = [[name, *(show(found.get(key)) for found in asked.values())] for name, key, show in shows]
     names = (
         ("spent_tokens", "Tokens spent"), ("reserved_tokens", "Tokens reserved"), ("cap_tokens", "Cap in tokens"), ("spent_money", "Money spent"),
         ("reserved_money", "Money reserved"), ("cap_money", "Cap in money"), ("break_even_calls", "Calls to break even"),
@@ -84,14 +88,14 @@ def collection(report: Node) -> Html | None:
         is_money = key.endswith("money")
         amounts.append([name, shown(reading, f.money(reading.unit if isinstance(reading, Measured) else "") if is_money else f.count)])
     words = join(
-        "Log-probabilities of ", _number(node.get("logprobs_verified")), " answers passed verification, and of ", _by_reason(node.get("logprobs_demoted")),
-        " did not. What is reserved may have been billed without an answer.",
+        "Log-probabilities of ", _number(node.get("logprobs_verified")), " answers passed verification, and of ", _number(_sum(node.get("logprobs_demoted"))),
+        " did not", *_in_brackets(node.get("logprobs_demoted")), ". What is reserved may have been billed without an answer.",
     )  # fmt: skip
     return section(
         "collection",
         "What was asked of the endpoint",
         lead(words),
-        table("Rows by what became of them", heads, rows, class_="numbers"),
+        table("Rows by what became of them", heads, rows, class_="numbers asked") if asked else None,
         table("Spent, reserved and allowed", ["What", "Amount"], amounts, class_="numbers making"),
     )
 
@@ -178,10 +182,22 @@ def _number(value: Any) -> Html:
     return el("data", f"{value:,}" if isinstance(value, int) else "not recorded", value=str(value))
 
 
+def _sum(counts: Any) -> int:
+    return sum(counts.values()) if isinstance(counts, Mapping) else 0
+
+
+def _reasons(counts: Any) -> list[str]:
+    return [f"{count:,} {str(reason).replace('-', ' ')}" for reason, count in counts.items()] if isinstance(counts, Mapping) else []
+
+
+def _in_brackets(counts: Any) -> list[Child]:
+    reasons = _reasons(counts)
+    return [" (", el("bdi", ", ".join(reasons)), ")"] if reasons else []
+
+
 def _by_reason(counts: Any) -> Child:
-    if not isinstance(counts, Mapping) or not counts:
-        return "0"
-    return el("bdi", ", ".join(f"{count} {str(reason).replace('-', ' ')}" for reason, count in counts.items()))
+    """A line for each reason."""
+    return join(el("div", el("bdi", reason)) for reason in _reasons(counts)) if counts else "0"
 
 
 def _stage_rows(report: Node) -> list[list[Child]]:

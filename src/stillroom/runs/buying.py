@@ -1,8 +1,8 @@
 """What a run asks of an endpoint, for collecting, evaluating and comparing alike: one store, one account, one loop; nothing is bought twice.
 
-A row is named by its purpose, its prompt as it is sent, and its call, so that what is asked again is known again, and another setting is another row. Log-probabilities
-that passed verification are in Parquet files beside the store, which name their answers, and are read from there alone: what a run learns from is the
-same whether it was interrupted or not.
+A row is named by its purpose, its prompt as it is sent, and its call, so that what is asked again is known again, and another setting is another row.
+Log-probabilities that passed verification are in Parquet files beside the store, which name their answers, and are read from there alone: what a run learns
+from is the same whether it was interrupted or not.
 """
 
 from __future__ import annotations
@@ -245,6 +245,11 @@ def _name(purpose: str, prompt: Prompt, call: Call) -> str:
     return f"{purpose}/{prompt.id}/{call.key[:16]}"
 
 
+def _writable(text: str | None) -> str | None:
+    """What an endpoint said beside its answer as a file can hold it: halves of surrogate pairs become question marks."""
+    return None if text is None else text.encode(errors="replace").decode()
+
+
 def _counted(rows: Sequence[StoredRow]) -> Rows:
     ends = [(row.verdict or ("failed" if row.state == "failed" else "pending"), row.reason or "") for row in rows]
     reasons = {end: Counter(reason for other, reason in ends if other == end) for end in ("rejected", "failed")}
@@ -332,8 +337,8 @@ class BoughtAnswers:
         nothing = replace(
             nothing,
             answer=learned.text,
-            finish_reason=answer.finish_reason,
-            reasoning=answer.reasoning,
+            finish_reason=_writable(answer.finish_reason),
+            reasoning=_writable(answer.reasoning),
             placeholders_unknown=len(learned.unknown),
         )
         if answer.thinking == "unterminated":

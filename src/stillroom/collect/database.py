@@ -32,6 +32,8 @@ _TOGETHER = 50
 _TOGETHER_SECONDS = 0.020
 _WAL_BYTES = 64 << 20
 _CACHE_KIB = 32 << 10
+# What SQLite says where a write fails for another reason than ENOSPC: a quota, a limit on the size of files, a disk that breaks.
+_NOT_WRITTEN = ("SQLITE_IOERR_WRITE", "SQLITE_IOERR_FSYNC", "SQLITE_IOERR_DIR_FSYNC", "SQLITE_IOERR_TRUNCATE", "SQLITE_IOERR_SHMSIZE")
 
 SCHEMA = """
 CREATE TABLE facts (kind TEXT NOT NULL, subject TEXT NOT NULL, value TEXT NOT NULL, PRIMARY KEY (kind, subject)) STRICT, WITHOUT ROWID;
@@ -78,12 +80,14 @@ def errors_reported(path: Path) -> Iterator[None]:
         yield
     except sqlite3.Error as error:
         name = getattr(error, "sqlite_errorname", "") or ""
-        if name == "SQLITE_FULL" or (name.startswith("SQLITE_IOERR") and _no_room(path)):
+        if name == "SQLITE_FULL" or name in _NOT_WRITTEN or (name.startswith("SQLITE_IOERR") and _no_room(path)):
+            full = name == "SQLITE_FULL" or _no_room(path)
             raise ResourceError(
                 "disk-full",
-                found=f"the disk is full while writing {path}",
+                found=f"the disk is full while writing {path}" if full else f"{path} cannot be written ({error}), and its disk has room",
                 why="what was there before is unchanged",
-                do="Free some space and run again; what was bought is kept, and is not bought again.",
+                do=f"{'Free some space' if full else 'Look at quotas, at limits on the size of files, and at the disk'}, and run again;"
+                " what was bought is kept, and is not bought again.",
             ) from error
         if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
             raise locked(path, "another program") from error

@@ -163,6 +163,10 @@ def test_the_guide_to_probing_can_be_followed(tmp_path: Path, monkeypatch: pytes
     _perform(DOCS / "guides" / "probe-an-endpoint.md", tmp_path)
 
 
+def test_the_guide_to_several_machines_can_be_followed(tmp_path: Path) -> None:
+    _perform(DOCS / "guides" / "collect-on-several-machines.md", tmp_path)
+
+
 def test_the_guide_to_serving_can_be_followed(tmp_path: Path) -> None:
     _perform(DOCS / "guides" / "serve-the-student.md", tmp_path)
 

@@ -61,6 +61,11 @@ def prices(read: Read, db: sqlite3.Connection) -> Merged:
     return Merged()
 
 
+def probes(read: Read, db: sqlite3.Connection) -> None:
+    """What probes found, of endpoints of which this store has nothing of the kind."""
+    db.executemany("INSERT OR IGNORE INTO facts VALUES ('probe', ?, ?)", read("SELECT subject, value FROM facts WHERE kind = 'probe'"))
+
+
 def calls(read: Read, db: sqlite3.Connection) -> Merged:
     """Calls with their bodies, and how they ended."""
     merged = Merged()

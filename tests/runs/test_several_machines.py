@@ -120,7 +120,7 @@ def test_stores_that_are_not_of_one_collection(tmp_path: Path) -> None:
 
 def test_answers_that_differ_are_told_and_the_first_stay(tmp_path: Path) -> None:
     with fake_endpoint(settings(fresh_draws=True)) as server:
-        recipe = fake_recipe(tmp_path / "in", server.base_url, prompts=6)
+        recipe = fake_recipe(tmp_path / "in", server.base_url, prompts=6, generation={"max_new_tokens": 16, "sampling_temperature": 1.0})
         for name in ("a", "b"):
             collect_shard(recipe, out=tmp_path / name, index=0, count=1)
     stores = [tmp_path / name / "requests.sqlite" for name in ("a", "b")]

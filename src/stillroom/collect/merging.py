@@ -113,7 +113,7 @@ def _said(packed: bytes) -> str:
 
 
 def _conflict(db: sqlite3.Connection, of: bytes, what: str, here: str, there: str) -> Merged:
-    db.execute("INSERT OR IGNORE INTO conflicts VALUES (?, ?, ?, ?)", (of, what, here, there))
+    db.execute("INSERT OR IGNORE INTO conflicts (key, what, here, there) VALUES (?, ?, ?, ?)", (of, what, here, there))
     return Merged(conflicts=(Conflict(of.hex() if what == "answer" else of.decode(), what, here, there),))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from runs.test_api_teacher import KEY, fake_recipe, settings
+from endpoint_runs import KEY, fake_recipe, settings
 from stillroom.core.errors import ModelError, RecipeError
 from stillroom.data import TransferSet
 from stillroom.runs import Recipe, plan, run

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from runs.test_api_teacher import KEY, TEACHER, fake_recipe, keep_probe, llama_server, served_recipe, settings
+from endpoint_runs import KEY, fake_recipe, keep_probe, served_recipe, settings
+from servers import TEACHER, llama_server
 from stillroom.cli.main import app
 from stillroom.collect.machines import merge_stores
 from stillroom.collect.store import RequestStore

@@ -31,6 +31,7 @@ CAVEATS = [
     "The endpoint is simulated: buckets that save up a second's worth, latencies that are drawn within 30% of their mean, a network of 20 ms each way.",
     "Limits counted in windows, as some endpoints have them, let more in at once and were not simulated.",
     "A limit on how many are worked on at a time is never told in headers: with and without them it is the same.",
+    "A place of a limited number counts as taken until its answer has come; the endpoint gives it away sooner, by the network's 20 ms, so that more than 1 may be used.",
     "The longer the latency the longer the run (5, 5, 10, 20 minutes): what is lost while a limit is looked for is a share of that.",
 ]
 

@@ -81,6 +81,22 @@ def test_a_rate_that_was_learnt_too_low_is_left_again() -> None:
     assert sum(at > 90 for at in made.served) > 1000
 
 
+def test_an_endpoint_that_fails_often_is_still_asked() -> None:
+    """Found by a schedule of faults: overloads, a quarter of all answers, say nothing of a rate, and are not to lower one without end."""
+    time = Time()
+    controller = RateController(time, state={"buckets": {"requests": {"rate": 20.0, "told": False, "trim": 1.0}}, "ceiling": 8, "concurrency": 8})
+    begun = 0
+    while time.now < 120:
+        answer = controller.start(10)
+        if isinstance(answer, float):
+            time.now += answer
+            continue
+        begun += 1
+        time.now += 0.05
+        controller.finish(answer, "overloaded" if begun % 4 == 0 else "answered", used_tokens=10)
+    assert begun / 120 > 5
+
+
 class Time:
     now = 0.0
 

@@ -278,16 +278,22 @@ class RateController:
 
     def _overloaded(self, ticket: Ticket, now: float) -> None:
         if ticket.at >= self._cut_at:
-            self._lower(now, much=True)
+            self._lower_concurrency(min(self._learnt.lowered(self._return_seconds), DECREASE))
             self._cut_at = now
 
     def _lower(self, now: float, *, much: bool) -> None:
         """Both limits, for nobody says which of them was met: concurrency, and the rate where no header tells one, to no more than was let in of late."""
         decrease = min(self._learnt.lowered(self._return_seconds), DECREASE if much else 1.0)
+        self._lower_concurrency(decrease)
+        self._lower_rate(now, decrease)
+
+    def _lower_concurrency(self, decrease: float) -> None:
         reached = self._in_flight + 1.0
         if self._ceiling is None or reached >= _MANY:
             self._concurrency = self._ceiling = min(self._concurrency, reached + (0.5 * math.sqrt(reached) if self._ceiling else 0.0))
         self._concurrency = max(1.0, self._concurrency * decrease)
+
+    def _lower_rate(self, now: float, decrease: float) -> None:
         bucket = self._requests
         if bucket.told:
             return

@@ -18,7 +18,7 @@ import random
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -125,7 +125,10 @@ class _Try:
 
 
 class Collector:
-    """Collects for one model at one endpoint, whose calls alone may be pending. Made for one `collect`."""
+    """Collects for one model at one endpoint. Made for one `collect`.
+
+    `wanted` are the keys of the calls to buy: what else is pending stays so. Without it all is bought, and may be for this endpoint alone.
+    """
 
     def __init__(
         self,
@@ -140,7 +143,9 @@ class Collector:
         stop: StopRequest | None = None,
         progress: Callable[[Progress], None] | None = None,
         jitter: random.Random | None = None,
+        wanted: Container[str] | None = None,
     ) -> None:
+        self._wanted = wanted
         self._transport, self._store, self._endpoint = transport, store, endpoint
         self._parse = parse or Reader()
         self._controller = controller or RateController(
@@ -162,7 +167,7 @@ class Collector:
         self._answered = self._failed = 0
 
     async def collect(self) -> Counts:
-        """Buys all that is pending, and says where the rows are.
+        """Buys all that is pending and wanted, and says where the rows are.
 
         What was in flight is waited for, for `drain_seconds` at most, and all is settled, before it raises: Interrupted at a request to stop,
         SpendCapReached, CollectError 'endpoint-refuses' and 'key-unusable'. Run again, it goes on.
@@ -219,15 +224,25 @@ class Collector:
             return self._ready.popleft()
         if len(self._later) >= _PAGE:
             return None  # what waits is all that is kept in memory
-        if not self._page:
-            self._page.extend(await asyncio.to_thread(self._store.pending, _PAGE, self._position))
-        if not self._page:
+        call = await self._next_stored()
+        if call is None:
             return None
-        call = self._page.popleft()
-        self._position = call.position
         if call.endpoint.identity != self._endpoint.identity or call.body.get("n") not in (None, 1):
             raise ValueError(f"call {call.key} is for another endpoint, or for several answers at once")
         return _Try(call)
+
+    async def _next_stored(self) -> PendingCall | None:
+        """The next pending call of the store that is wanted."""
+        while not self._stopping:
+            if not self._page:
+                self._page.extend(await asyncio.to_thread(self._store.pending, _PAGE, self._position))
+            if not self._page:
+                return None
+            call = self._page.popleft()
+            self._position = call.position
+            if self._wanted is None or call.key in self._wanted:
+                return call
+        return None
 
     async def _wait(self, seconds: float) -> None:
         """Until something is finished, `seconds` have passed, or it is time to look whether to stop."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +29,7 @@ from stillroom.core import durable
 from stillroom.core.errors import SpendCapReached
 from stillroom.core.identities import TokenIds, TokenSequence
 from stillroom.core.interrupts import StopRequest
+from stillroom.core.statistics import Interval
 from stillroom.data import Prompt
 from stillroom.ledger.entries import Response
 from stillroom.models.local import text_targets
@@ -37,7 +38,8 @@ from stillroom.runs.collecting import Answered, given_answer
 from stillroom.runs.directory import Run
 from stillroom.runs.endpoints import EndpointTeacher, obtainable
 from stillroom.runs.observer import Observer
-from stillroom.runs.planning import Prepared, asking_of
+from stillroom.runs.planning import Prepared, asking_of, items_of, pilot_of
+from stillroom.runs.projection import Expected
 from stillroom.runs.summaries import Bought, Rows
 from stillroom.targets.kinds import Targets, TopKTargets
 from stillroom.targets.rows import concatenate, slice_targets
@@ -78,14 +80,13 @@ class Purchases:
 
         Raises Interrupted, SpendCapReached, CollectError as the collector does: what was bought is kept, and the same call goes on.
         """
-        names, calls = [], [self._asking.call(prompt, temperature=temperature, top_logprobs=top_logprobs) for prompt in prompts]
-        for prompt, call in zip(prompts, calls, strict=True):
-            names.append(_name(purpose, prompt, call))
-        self.store.request(Row(row=name, prompt=prompt.id, call=call) for name, prompt, call in zip(names, prompts, calls, strict=True))
+        rows = self.rows(purpose, prompts, temperature=temperature, top_logprobs=top_logprobs)
+        names = [row.row for row in rows]
+        self.store.request(rows)
         began = time.monotonic()
         if self.store.pending(1):
             try:
-                asyncio.run(self._collect(len(prompts)))
+                asyncio.run(self._collect({row.call.key for row in rows}))
             except SpendCapReached as error:
                 raise self._cap_reached(error) from error
         self.seconds += time.monotonic() - began
@@ -93,6 +94,11 @@ class Purchases:
         wanted = set(names)
         self._rows |= {row.row: replace(row, answer=None) for row in self.store.rows() if row.row in wanted}
         return names
+
+    def rows(self, purpose: str, prompts: Sequence[Prompt], *, temperature: float, top_logprobs: int | None = None) -> list[Row]:
+        """What `buy` buys for these prompts, in order."""
+        calls = [self._asking.call(prompt, temperature=temperature, top_logprobs=top_logprobs) for prompt in prompts]
+        return [Row(row=_name(purpose, prompt, call), prompt=prompt.id, call=call) for prompt, call in zip(prompts, calls, strict=True)]
 
     def row(self, name: str) -> StoredRow:
         """What became of a row that `buy` has named, without its answer."""
@@ -119,7 +125,8 @@ class Purchases:
 
     # -- the loop ----------------------------------------------------------------------------------------------------------------
 
-    async def _collect(self, rows: int) -> None:
+    async def _collect(self, wanted: Set[str]) -> None:
+        """Buys the calls with these keys: a store may have others that wait, of a run that was stopped or of a collection that a pilot comes before."""
         section = self.prepared.recipe.buying
         transport = open_transport()
         collector = Collector(
@@ -130,7 +137,8 @@ class Purchases:
             controller=RateController(time.monotonic, largest_concurrency=section.in_flight, state=self.store.recall("rates", self.teacher.endpoint)),
             policy=self._policy(),
             stop=self.stop,
-            progress=lambda progress: self._tell(progress, rows),
+            progress=lambda progress: self._tell(progress, len(wanted)),
+            wanted=wanted,
         )
         shelving = asyncio.create_task(self._shelve_as_they_come())
         try:
@@ -193,13 +201,15 @@ class Purchases:
         """Rows and spend of the whole store, as they are now."""
         rows: dict[str, list[StoredRow]] = {}
         verified, demoted = 0, Counter[str]()
+        ahead = {row.row for row in self.rows(EVALUATE, items_of(self.prepared.recipe), temperature=0.0)}
         for row in self.store.rows():
+            ahead.discard(row.row)
             rows.setdefault(row.row.partition("/")[0] if "/" in row.row else "other", []).append(replace(row, answer=None))
             verified += row.logprobs is not None
             if row.demoted is not None:
                 demoted[row.demoted.partition(":")[0]] += 1
         self.store.counts().require_conserved()
-        spend = self.store.spend()
+        spend, answers = self.store.spend(len(ahead)), self.store.spent_on_rows()
         priced = spend.currency is not None
         return Bought(
             rows={purpose: _counted(some) for purpose, some in rows.items()},
@@ -215,11 +225,20 @@ class Purchases:
             cap_tokens=spend.caps.tokens,
             cap_money=None if spend.caps.money is None else f"{in_units(spend.caps.money):f}",
             prices_as_of=None if self.teacher.price is None else self.teacher.price.as_of.isoformat(),
+            answers_tokens=answers.tokens,
+            answers_money=f"{in_units(answers.money):f}" if priced else None,
+            projected_tokens=_expected(spend.projected_tokens),
+            projected_money=_expected(spend.projected_money),
+            pilot=pilot_of(self.prepared)[0],
         )
 
     def write_summary(self, run: Run) -> None:
         """requests.json."""
         durable.write_json_atomic(run.bought_path, self.summary().model_dump(mode="json"))
+
+
+def _expected(found: Interval | None) -> Expected | None:
+    return None if found is None else Expected(value=found.value, low=found.low, high=found.high)
 
 
 def _name(purpose: str, prompt: Prompt, call: Call) -> str:
@@ -275,14 +294,13 @@ class BoughtAnswers:
         if recipe.prompts.answers == "given":
             return
         asked = [prompt for prompt in prompts if self._fits(self.prepared.renderer.prompt_ids(prompt))]
-        names = self.purchases.buy(
-            COLLECT,
-            asked,
-            temperature=recipe.generation.sampling_temperature,
-            top_logprobs=_asked_logprobs(self.prepared) if self._top_k else None,
-        )
+        names = self.purchases.buy(COLLECT, asked, temperature=recipe.generation.sampling_temperature, top_logprobs=asked_logprobs(self.prepared))
         self._names = {prompt.id: name for prompt, name in zip(asked, names, strict=True)}
         self._share = self.purchases.seconds / max(1, missing)
+
+    def row(self, prompt: Prompt) -> StoredRow | None:
+        """What became of a prompt's row; None where it was too long to be asked."""
+        return self.purchases.row(self._names[prompt.id]) if prompt.id in self._names else None
 
     def seconds_each(self) -> float:
         """The wall time of buying, for each prompt that had no record."""
@@ -391,9 +409,9 @@ class BoughtAnswers:
         self.purchases.write_summary(self.run)
 
 
-def _asked_logprobs(prepared: Prepared) -> int:
+def asked_logprobs(prepared: Prepared) -> int | None:
     """How many alternatives to ask for: those that are kept."""
-    return prepared.plan.signal.k
+    return prepared.plan.signal.k if prepared.plan.signal.kind == "top_k" else None
 
 
 def _certain(end: int, beside: TopKTargets) -> TopKTargets:

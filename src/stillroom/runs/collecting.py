@@ -19,7 +19,7 @@ from stillroom.core.errors import DataError
 from stillroom.core.identities import Sampling, TokenIds, TokenSequence
 from stillroom.core.interrupts import StopRequest
 from stillroom.core.seeds import derive_seed
-from stillroom.data import Candidate, Prompt, TransferSet, curate, freeze
+from stillroom.data import Candidate, Curated, Prompt, TransferSet, curate, freeze
 from stillroom.data.transfer_set import DropReason
 from stillroom.ledger import Access, Circumstances, Collected, Frozen, Ledger, PromptSource
 from stillroom.ledger.entries import Response
@@ -302,19 +302,7 @@ class Collector:
         if number == 0 and isinstance(self.answering, LocalAnswers):
             self.answering.measure_codec(self.store, records[:64])
         seconds = (time.monotonic() - began) / len(prompts) + self.answering.seconds_each()
-        return [
-            {
-                "prompt_id": one.prompt.id,
-                "record_id": ids.get(one.prompt.id),
-                "prompt_tokens": one.prompt_tokens,
-                "answer_tokens": one.answer_tokens,
-                "finished": one.finished,
-                "answer": one.answer,
-                "left_out": one.left_out,
-                "seconds": round(seconds, 6),
-            }
-            for one in answered
-        ]
+        return [line_of(one, ids.get(one.prompt.id), seconds) for one in answered]
 
     # --- ledger and transfer set ------------------------------------------------------------------------------------------------------
 
@@ -349,7 +337,7 @@ class Collector:
 
     def _freeze(self, lines: Sequence[dict[str, Any]]) -> TransferSet:
         """Curates what was collected, enters each record's fate in the ledger, and writes the transfer set: gate 2."""
-        curated = curate((_candidate(line, self.prepared.context_tokens) for line in lines), max_tokens=self.prepared.context_tokens)
+        curated = curated_lines(self.prepared, lines)
         reasons = {candidate.id: reason for candidate, reason in curated.dropped if candidate.id in self.store}
         kept = {candidate.id for candidate in curated.kept}
         verdict = self.gates.admit([candidate.id for candidate in curated.kept], self.ledger)
@@ -362,6 +350,25 @@ class Collector:
         self.answering.decided(fates | {candidate.prompt_id: None for candidate in curated.kept})
         transfer_set.save(self.run.transfer_set_path)
         return transfer_set
+
+
+def line_of(answered: Answered, record: str | None, seconds: float) -> dict[str, Any]:
+    """A line of collect.jsonl."""
+    return {
+        "prompt_id": answered.prompt.id,
+        "record_id": record,
+        "prompt_tokens": answered.prompt_tokens,
+        "answer_tokens": answered.answer_tokens,
+        "finished": answered.finished,
+        "answer": answered.answer,
+        "left_out": answered.left_out,
+        "seconds": round(seconds, 6),
+    }
+
+
+def curated_lines(prepared: Prepared, lines: Sequence[dict[str, Any]]) -> Curated:
+    """Who of them is fit to be learned from."""
+    return curate((_candidate(line, prepared.context_tokens) for line in lines), max_tokens=prepared.context_tokens)
 
 
 def _candidate(line: dict[str, Any], context_tokens: int) -> Candidate:

@@ -12,8 +12,11 @@ import psutil
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from stillroom.collect.spend import Amount, in_units, worst_case
+from stillroom.collect.wire import Call
 from stillroom.core import clock, durable
 from stillroom.core.errors import DataError, ResourceError, StoreError
+from stillroom.core.hashing import canonical_json, sha256_hex
 from stillroom.core.launch import launched
 from stillroom.data import LoadedPrompts, Prompt, load_prompts
 from stillroom.entitlement.verdict import Verdict
@@ -37,10 +40,11 @@ from stillroom.models.tokenizers import Renderer, load_tokenizer, vocabulary_of
 from stillroom.objectives.divergences import DIVERGENCES
 from stillroom.objectives.matching import STATE_MATCHES
 from stillroom.objectives.objective import Objective, WeightedTerm
-from stillroom.runs.endpoints import Asking, EndpointTeacher, endpoint_teacher, most_tokens, obtainable, require_askable, require_signal
+from stillroom.runs.endpoints import Asking, EndpointTeacher, endpoint_teacher, obtainable, require_askable, require_signal
 from stillroom.runs.entitling import decide_recipe, entitled, sources_of, terms_of
 from stillroom.runs.loggers import chosen as loggers_chosen
-from stillroom.runs.plan import CardFit, Estimate, Hardware, ModelFacts, Plan, PromptFacts, Signal, VocabularyFacts
+from stillroom.runs.plan import CardFit, CollectionFacts, Estimate, Hardware, ModelFacts, Plan, PromptFacts, Signal, VocabularyFacts
+from stillroom.runs.projection import Pilot, caps_needed, drawn
 from stillroom.runs.recipe import ObjectiveSection, Recipe
 from stillroom.runs.report import Decision
 from stillroom.targets.vocabulary import Vocabulary, require_same
@@ -129,7 +133,7 @@ def product_dtype(teacher_dtype: str) -> torch.dtype:
 
 
 def plan(recipe: Recipe, *, out: Path | None = None, cards: bool = False) -> Plan:
-    """The plan alone; with `cards`, also which graphics cards it would fit on, which takes some seconds more."""
+    """The plan alone, by what the store of a run in `out` already has; with `cards`, also which graphics cards it would fit on, which takes some seconds more."""
     return prepare(recipe, out=out, cards=cards).plan
 
 
@@ -321,7 +325,7 @@ class _Planner:
         self.renderer, self.prompts, self.objective = renderer, prompts, objective
         self.decisions: list[Decision] = []
         self.warnings: list[str] = []
-        self.items = 0
+        self.items: tuple[Prompt, ...] = ()
         self.prompt_lengths: list[int] = []
         self.answer_lengths: list[int] = []
 
@@ -352,6 +356,7 @@ class _Planner:
             terms=terms_of(recipe, verdict),
             prompts=facts,
             signal=signal,
+            collection=self._collection(signal),
             objective=_described(self.objective),
             steps=steps,
             epochs=epochs,
@@ -402,9 +407,8 @@ class _Planner:
         )
 
     def _answer_lengths(self) -> tuple[list[int], str]:
-        most, evaluation = self.recipe.generation.max_new_tokens, self.recipe.evaluation
-        items = load_prompts(evaluation.path, limit=evaluation.limit).prompts if evaluation.path is not None else ()
-        self.items = len(items)
+        most = self.recipe.generation.max_new_tokens
+        self.items = items = items_of(self.recipe)
         given = [prompt for prompt in _spread(self.prompts.prompts, 200) if prompt.answer is not None or self.renderer.ends_with_answer(prompt)]
         if given:
             return self._lengths_of(given, most), "the mean of the answers given with the prompts"
@@ -430,7 +434,6 @@ class _Planner:
         if section.kind == "auto":
             self._decided("targets.kind", kind, why)
         self.objective.check(kind, section.target_temperature)
-        self._cost(teacher, facts)
         if kind == "top_k" and possible.k < section.k:
             self._decided("targets.k", str(possible.k), f"of {section.k} asked for: {possible.why}", degraded=possible.k < self.vocabulary.size)
         return Signal(
@@ -444,19 +447,39 @@ class _Planner:
             why=why,
         )
 
-    def _cost(self, teacher: EndpointTeacher, facts: PromptFacts) -> None:
-        """What the requests can cost at the worst, beside what they may."""
-        if self.recipe.prompts.answers == "given":
-            return
-        sample = _spread(self.prompts.prompts, 200)
-        asking = asking_of(self.recipe, teacher, self.renderer)
-        most = round(most_tokens(asking, sample, teacher.price) / len(sample) * facts.count)
-        cap = teacher.caps.tokens
-        self._decided("collection", f"{facts.count:,} requests", f"at the very most {most:,} tokens, each prompt's bytes counted as tokens")
+    def _collection(self, signal: Signal) -> CollectionFacts | None:
+        """What the requests can cost at the worst, beside what they may, and what a pilot expects."""
+        teacher = self.teacher
+        if not isinstance(teacher, EndpointTeacher):
+            return None
+        prompts = self.prompts.prompts if self.recipe.prompts.answers == "teacher" else ()
+        asked = (*prompts, *self.items)
+        each, _ = worst_cases(self.recipe, teacher, self.renderer, signal, asked)
+        most = Amount(each.tokens * len(asked), each.money * len(asked))
         if teacher.price is not None and (warning := teacher.price.age_warning(clock.now().date())) is not None:
             self.warnings.append(warning)
-        if cap is not None and most > cap:
-            self.warnings.append(f"the cap of {cap:,} tokens may be reached before all prompts are answered; it can be raised, and the run goes on")
+        pilot, why = _pilot_of(self.recipe, teacher, self.renderer, self.prompts, self.items, signal)
+        self._warn_of_caps(teacher, most, pilot)
+        return CollectionFacts(
+            prompts=len(prompts),
+            items=len(self.items),
+            most_tokens=most.tokens,
+            most_money=None if teacher.price is None else f"{in_units(most.money).normalize():f}",
+            cap_tokens=teacher.caps.tokens,
+            cap_money=None if teacher.caps.money is None else f"{in_units(teacher.caps.money).normalize():f}",
+            currency=None if teacher.price is None else teacher.price.currency,
+            prices_as_of=None if teacher.price is None else teacher.price.as_of.isoformat(),
+            pilot=pilot,
+            no_pilot=why,
+        )
+
+    def _warn_of_caps(self, teacher: EndpointTeacher, most: Amount, pilot: Pilot | None) -> None:
+        if pilot is not None and not pilot.suffices(teacher.caps):
+            self.warnings.append(
+                f"the cap may be reached before all is answered: by the pilot, {caps_needed(pilot)} would do; the run goes on when it is raised"
+            )
+        elif pilot is None and not most.fits(teacher.caps):
+            self.warnings.append("the cap may be reached before all is answered, at the worst; it can be raised, and the run goes on")
 
     def _local_signal(self, teacher: ModelDescription, facts: PromptFacts) -> Signal:
         section = self.recipe.targets
@@ -674,7 +697,7 @@ class _Planner:
             validate_every=training.validate_every,
             checkpoint_every=training.checkpoint_every,
             label_only=self._label_only(),
-            items=self.items,
+            items=len(self.items),
             fidelity_prompts=recipe.evaluation.fidelity_prompts,
         )
 
@@ -768,6 +791,57 @@ def asking_of(recipe: Recipe, teacher: EndpointTeacher, renderer: Renderer) -> A
     """How this recipe asks: where the teacher's tokens are known, the completions route is sent them as they are."""
     prompt_ids = renderer.prompt_ids if recipe.teacher.tokenizer is not None else None
     return Asking(teacher.endpoint, recipe.generation.max_new_tokens, prompt_ids)
+
+
+def worst_cases(recipe: Recipe, teacher: EndpointTeacher, renderer: Renderer, signal: Signal, prompts: Sequence[Prompt]) -> tuple[Amount, Amount]:
+    """The most that asking one of these can cost, on average and of all, by some of them that are evenly spaced."""
+    asking = asking_of(recipe, teacher, renderer)
+    worst = [worst_case(collecting_call(recipe, asking, signal, prompt), teacher.price) for prompt in _spread(prompts, 200)]
+    tokens, money = [one.tokens for one in worst], [one.money for one in worst]
+    mean = Amount(math.ceil(sum(tokens) / max(1, len(worst))), math.ceil(sum(money) / max(1, len(worst))))
+    return mean, Amount(max(tokens, default=0), max(money, default=0))
+
+
+def items_of(recipe: Recipe) -> tuple[Prompt, ...]:
+    """What all models are evaluated on."""
+    section = recipe.evaluation
+    return load_prompts(section.path, limit=section.limit).prompts if section.path is not None else ()
+
+
+def collecting_call(recipe: Recipe, asking: Asking, signal: Signal, prompt: Prompt) -> Call:
+    """The call that gives the answer to learn from."""
+    return asking.call(prompt, temperature=recipe.generation.sampling_temperature, top_logprobs=signal.k if signal.kind == "top_k" else None)
+
+
+def pilot_of(prepared: Prepared) -> tuple[Pilot | None, str | None]:
+    """The stored pilot of this very collection; else why there is none."""
+    teacher, items = prepared.endpoint_teacher, items_of(prepared.recipe)
+    assert teacher is not None, "a pilot is of an endpoint"
+    return _pilot_of(prepared.recipe, teacher, prepared.renderer, prepared.prompts, items, prepared.plan.signal)
+
+
+def _pilot_of(
+    recipe: Recipe, teacher: EndpointTeacher, renderer: Renderer, prompts: LoadedPrompts, items: Sequence[Prompt], signal: Signal
+) -> tuple[Pilot | None, str | None]:
+    if recipe.prompts.answers == "given":
+        return None, "the answers are given"
+    pilot = teacher.pilot
+    if pilot is None:
+        return None, "none was made"
+    if pilot.asks != asks_of(recipe, teacher, renderer, prompts, items, signal, pilot.rows):
+        return None, f"the one of {pilot.day} asked something else"
+    if pilot.price != (teacher.price and teacher.price.id):
+        return None, f"the one of {pilot.day} was reckoned at other prices; to make it again buys nothing"
+    return pilot, None
+
+
+def asks_of(
+    recipe: Recipe, teacher: EndpointTeacher, renderer: Renderer, prompts: LoadedPrompts, items: Sequence[Prompt], signal: Signal, rows: int
+) -> str:
+    """SHA-256 of what a run asks of its endpoint: the calls of the prompts that a pilot of so many rows draws, and all prompts and items."""
+    asking = asking_of(recipe, teacher, renderer)
+    calls = [collecting_call(recipe, asking, signal, prompt).key for prompt in drawn(prompts.prompts, rows, recipe.seed)]
+    return sha256_hex(canonical_json([prompts.sha256, [item.id for item in items], calls]))
 
 
 def _facts_of_description(model: ModelDescription) -> ModelFacts:

@@ -105,7 +105,7 @@ class Stages:
     def prepared(self) -> Prepared:
         """The recipe, checked; gate 1 is passed here, so nothing can be spent without it."""
         if self._prepared is None:
-            prepared = prepare(self.run.recipe, out=self.run.directory, planned=_plan_of(self.run), gate=True)
+            prepared = prepare(self.run.recipe, out=self.run.directory, planned=plan_of(self.run), gate=True)
             torch.set_num_threads(prepared.plan.hardware.threads)
             torch.use_deterministic_algorithms(True, warn_only=True)
             if self.run.state != "new" and self.processes.is_first:
@@ -183,7 +183,7 @@ def compare(run: Run, *, prompt: str | None, file: Path | None) -> list[tuple[st
     """Prompt, teacher's answer, student's answer, for one prompt or for each of a file."""
     run.require("trained", "train")
     behind_endpoint = run.recipe.teacher.endpoint is not None
-    prepared = prepare(run.recipe, out=run.directory, planned=_plan_of(run), gate=behind_endpoint)
+    prepared = prepare(run.recipe, out=run.directory, planned=plan_of(run), gate=behind_endpoint)
     asked = (Prompt.of(prompt),) if prompt is not None else load_prompts(file).prompts
     ids = [prepared.renderer.prompt_ids(one) for one in asked]
     sampling = Sampling(max_new_tokens=run.recipe.generation.max_new_tokens)
@@ -203,7 +203,7 @@ def compare(run: Run, *, prompt: str | None, file: Path | None) -> list[tuple[st
     return [(one.content, *pair) for one, *pair in zip(asked, *answers, strict=True)]
 
 
-def _plan_of(run: Run) -> Plan | None:
+def plan_of(run: Run) -> Plan | None:
     """The plan that was made when the run began, if it has begun."""
     return read(run.plan_path, Plan) if run.state != "new" else None
 

@@ -9,7 +9,7 @@ from typing import Any
 from stillroom.web import format as f
 from stillroom.web.markup import Child, Html, el, join
 from stillroom.web.parts import fact, facts, lead, section, table
-from stillroom.web.readings import Measured, Missing, Node, dig, read, shown
+from stillroom.web.readings import Measured, Missing, Node, Reading, dig, read, shown
 from stillroom.web.results import decision_list
 from stillroom.web.sentences import allowed
 
@@ -74,26 +74,43 @@ def collection(report: Node) -> Html | None:
         rows.append([el("bdi", str(purpose)), *(_number(found.get(key)) for key in ("requested", "accepted")), _by_reason(found.get("rejected")),
                      _by_reason(found.get("failed")), _number(found.get("pending"))])  # fmt: skip
     heads = ["Asked for", "Requested", "Accepted", "Rejected", "Failed", "Pending"]
-    names = (
-        ("spent_tokens", "Tokens spent"), ("reserved_tokens", "Tokens reserved"), ("cap_tokens", "Cap in tokens"), ("spent_money", "Money spent"),
-        ("reserved_money", "Money reserved"), ("cap_money", "Cap in money"), ("break_even_calls", "Calls to break even"),
-    )  # fmt: skip
-    amounts: list[list[Child]] = []
-    for key, name in names:
-        reading = read(report, "collection", key)
-        is_money = key.endswith("money")
-        amounts.append([name, shown(reading, f.money(reading.unit if isinstance(reading, Measured) else "") if is_money else f.count)])
     words = join(
         "Log-probabilities of ", _number(node.get("logprobs_verified")), " answers passed verification, and of ", _by_reason(node.get("logprobs_demoted")),
-        " did not. What is reserved may have been billed without an answer.",
+        " did not. ", _paid_for_itself(read(report, "collection", "break_even_calls")),
     )  # fmt: skip
     return section(
         "collection",
         "What was asked of the endpoint",
         lead(words),
         table("Rows by what became of them", heads, rows, class_="numbers"),
-        table("Spent, reserved and allowed", ["What", "Amount"], amounts, class_="numbers making"),
+        table("Spent, reserved, projected and allowed", ["What", "Tokens", "Money"], _amounts(report), class_="numbers making"),
     )
+
+
+_AMOUNTS = (
+    ("spent", "Spent", "As the endpoint counted, a probe with it."),
+    ("answers", "Of it, for answers", None),
+    ("pilot", "A pilot had projected for them", "Before they were bought."),
+    ("reserved", "Reserved", "May have been billed without an answer: the worst case of those requests."),
+    ("projected", "Still to be bought", "At what an answer cost on average."),
+    ("cap", "Cap", None),
+)
+
+
+def _amounts(report: Node) -> list[list[Child]]:
+    rows: list[list[Child]] = []
+    for key, name, why in _AMOUNTS:
+        tokens, money = (read(report, "collection", f"{key}_{unit}") for unit in ("tokens", "money"))
+        style = f.money(money.unit if isinstance(money, Measured) else "")
+        rows.append([join(name, el("span", why, class_="why") if why else None), shown(tokens, f.count), shown(money, style)])
+    return rows
+
+
+def _paid_for_itself(calls: Reading) -> Child:
+    """The break-even volume as a sentence."""
+    if isinstance(calls, Missing):
+        return join("After how many calls the student has paid for itself is not known: ", el("bdi", calls.why), ".")
+    return join("The student has paid for itself after ", shown(calls, f.count), " calls that the teacher would have answered.")
 
 
 def _number(value: Any) -> Html:

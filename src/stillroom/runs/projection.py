@@ -107,7 +107,7 @@ class Piloted:
     def to_json(self) -> Json:
         """What the store remembers, and what this command did. Money is text: JSON's numbers are doubles."""
         amounts = {"spent": self.spent, "reserved": self.reserved}
-        done = {name: {"tokens": amount.tokens, "money": str(in_units(amount.money))} for name, amount in amounts.items()}
+        done = {name: {"tokens": amount.tokens, "money": f"{in_units(amount.money):f}"} for name, amount in amounts.items()}
         return {
             **self.pilot.model_dump(mode="json"),
             "suffices": self.suffices,

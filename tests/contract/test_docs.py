@@ -24,7 +24,7 @@ DOCS = source.ROOT / "docs"
 DOCUMENTS = sorted([*source.ROOT.glob("*.md"), *DOCS.rglob("*.md"), *(source.ROOT / "recipes").glob("*.md")])
 
 
-@pytest.mark.parametrize("name", ["cli.md", "recipe.md", "plan.md", "report.md", "report.schema.json", "errors.md", "fake-endpoint.md"])
+@pytest.mark.parametrize("name", ["cli.md", "recipe.md", "plan.md", "report.md", "report.schema.json", "errors.md", "fake-endpoint.md", "servers.md"])
 def test_generated_pages_are_fresh(name: str) -> None:
     written = (DOCS / "reference" / name).read_text(encoding="utf-8")
     assert written == generate_docs.pages()[name], f"docs/reference/{name} is stale: run `make docs`"
@@ -168,6 +168,13 @@ def test_the_guide_to_costs_can_be_followed_and_its_run_is_as_documented(tmp_pat
     monkeypatch.setenv("STILLROOM_TERMS", str(tmp_path / "terms"))
     _perform(DOCS / "guides" / "costs-and-caps.md", tmp_path)
     undocumented = _undocumented(tmp_path / "run")
+    assert not undocumented, "\n".join(undocumented)
+
+
+def test_the_guide_to_distilling_from_an_api_can_be_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STILLROOM_TERMS", str(tmp_path / "terms"))
+    _perform(DOCS / "guides" / "distil-from-an-api.md", tmp_path)
+    undocumented = _undocumented(tmp_path / "runs" / "tickets")
     assert not undocumented, "\n".join(undocumented)
 
 

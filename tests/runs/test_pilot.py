@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from runs.test_api_teacher import KEY, fake_recipe, settings
+from endpoint_runs import KEY, fake_recipe, settings
 from stillroom.collect.store import RequestStore
 from stillroom.collect.wire import Endpoint
 from stillroom.core.errors import EntitlementDenied, EntitlementUnknown, RecipeError, SpendCapReached

@@ -20,6 +20,7 @@ from stillroom.core.identities import Sampling, TokenIds, TokenSequence
 from stillroom.core.interrupts import StopRequest
 from stillroom.core.seeds import derive_seed
 from stillroom.data import Candidate, Curated, Prompt, TransferSet, curate, freeze
+from stillroom.data.curation import Curation
 from stillroom.data.transfer_set import DropReason
 from stillroom.ledger import Access, Circumstances, Collected, Frozen, Ledger, PromptSource
 from stillroom.ledger.entries import Response
@@ -27,6 +28,7 @@ from stillroom.models.loading import teacher_head_arrays
 from stillroom.models.local import LocalTeacher
 from stillroom.models.memory import trim_heap
 from stillroom.objectives.tensors import as_arrays, head_as_arrays
+from stillroom.runs.curating import Chosen, chosen, curated_lines, write
 from stillroom.runs.directory import Run
 from stillroom.runs.endpoints import access_path
 from stillroom.runs.entitling import digests_of
@@ -48,7 +50,8 @@ class Answered:
     """A prompt and what came of it; no sequence where it was too long to ask, or, with `left_out`, where there is no answer to learn from.
 
     `targets` are those of the sequence's rows where they came with the answer. `counted` are the tokens of prompt, answer and reasoning as an endpoint
-    counts them, `response` what it said of itself.
+    counts them, `response` what it said of itself, `finish_reason` and `reasoning` what it said of the answer. `placeholders_unknown` is how many
+    placeholders stand in the answer and not in its prompt.
     """
 
     prompt: Prompt
@@ -61,6 +64,9 @@ class Answered:
     targets: Targets | None = None
     response: Response | None = None
     counted: tuple[int, int, int] | None = None
+    finish_reason: str | None = None
+    reasoning: str | None = None
+    placeholders_unknown: int = 0
 
 
 class Answering(Protocol):
@@ -337,7 +343,7 @@ class Collector:
 
     def _freeze(self, lines: Sequence[dict[str, Any]]) -> TransferSet:
         """Curates what was collected, enters each record's fate in the ledger, and writes the transfer set: gate 2."""
-        curated = curated_lines(self.prepared, lines)
+        curated = self._curate(lines)
         reasons = {candidate.id: reason for candidate, reason in curated.dropped if candidate.id in self.store}
         kept = {candidate.id for candidate in curated.kept}
         verdict = self.gates.admit([candidate.id for candidate in curated.kept], self.ledger)
@@ -351,6 +357,15 @@ class Collector:
         transfer_set.save(self.run.transfer_set_path)
         return transfer_set
 
+    def _curate(self, lines: Sequence[dict[str, Any]]) -> Curated:
+        """The recipe's steps, then the last gate; what both left out is written down, also where nothing is left."""
+        prepared = self.prepared
+        steps = chosen(prepared.recipe, prepared.inputs)
+        steps.require_planned(prepared.plan.curation)
+        found, curated = curated_by(steps, prepared, lines)
+        write(self.run, steps.pipeline, found, curated, lines, prepared.prompts.prompts)
+        return curated
+
 
 def line_of(answered: Answered, record: str | None, seconds: float) -> dict[str, Any]:
     """A line of collect.jsonl."""
@@ -362,18 +377,23 @@ def line_of(answered: Answered, record: str | None, seconds: float) -> dict[str,
         "finished": answered.finished,
         "answer": answered.answer,
         "left_out": answered.left_out,
+        "finish_reason": answered.finish_reason,
+        "reasoning": answered.reasoning,
+        "placeholders_unknown": answered.placeholders_unknown,
         "seconds": round(seconds, 6),
     }
 
 
-def curated_lines(prepared: Prepared, lines: Sequence[dict[str, Any]]) -> Curated:
-    """Who of them is fit to be learned from."""
-    return curate((_candidate(line, prepared.context_tokens) for line in lines), max_tokens=prepared.context_tokens)
+def curated_by(steps: Chosen, prepared: Prepared, lines: Sequence[dict[str, Any]]) -> tuple[Curation, Curated]:
+    """What the recipe's steps leave of them, and what the last gate does."""
+    context_tokens, found = prepared.context_tokens, curated_lines(steps.pipeline, lines, prepared.prompts.prompts)
+    reasons = found.reasons
+    return found, curate((_candidate(line, context_tokens, reasons.get(line["prompt_id"])) for line in lines), max_tokens=context_tokens)
 
 
-def _candidate(line: dict[str, Any], context_tokens: int) -> Candidate:
+def _candidate(line: dict[str, Any], context_tokens: int, found: DropReason | None) -> Candidate:
     asked = line["record_id"] is not None
-    left_out: DropReason | None = line.get("left_out")
+    left_out: DropReason | None = line.get("left_out") or found
     return Candidate(
         id=line["record_id"] if asked else line["prompt_id"],
         prompt_id=line["prompt_id"],

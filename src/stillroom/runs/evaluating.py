@@ -30,7 +30,7 @@ from stillroom.runs.buying import EVALUATE, Purchases
 from stillroom.runs.collecting import sampling_of, store_identity
 from stillroom.runs.directory import Run
 from stillroom.runs.observer import Observer
-from stillroom.runs.planning import Prepared, items_of
+from stillroom.runs.planning import Prepared
 from stillroom.runs.summaries import Evaluation, read
 from stillroom.runs.training import split, untrained_student, whole_student
 from stillroom.targets.store import TargetStore
@@ -114,7 +114,7 @@ class Evaluator:
 
     @cached_property
     def _all_items(self) -> tuple[Prompt, ...]:
-        items = items_of(self.run.recipe)
+        items = self.prepared.inputs.items
         missing = next((item for item in items if item.answer is None), None)
         if missing is not None:
             raise DataError(

@@ -14,10 +14,11 @@ from stillroom.core.interrupts import StopRequest
 from stillroom.data import Prompt
 from stillroom.models.loading import silence
 from stillroom.runs.buying import COLLECT, EVALUATE, BoughtAnswers, Purchases, asked_logprobs
-from stillroom.runs.collecting import Answered, curated_lines, line_of
+from stillroom.runs.collecting import Answered, curated_by, line_of
+from stillroom.runs.curating import chosen
 from stillroom.runs.directory import Run
 from stillroom.runs.observer import Observer
-from stillroom.runs.planning import Prepared, asks_of, items_of, prepare, worst_cases
+from stillroom.runs.planning import Prepared, asks_of, prepare, spread, worst_cases
 from stillroom.runs.projection import Fate, Piloted, Whole, drawn, estimate
 from stillroom.runs.recipe import Recipe
 from stillroom.runs.stages import plan_of
@@ -55,17 +56,18 @@ def _bought(run: Run, prepared: Prepared, purchases: Purchases, prompts: Sequenc
     answering = BoughtAnswers(purchases, run)
     answering.begin(prompts, len(prompts))
     fates = _fates(prepared, answering, prompts)
-    after, items, signal = store.spend(), items_of(recipe), prepared.plan.signal
-    mean, worst = worst_cases(recipe, teacher, prepared.renderer, signal, (*prepared.prompts.prompts, *items))
+    after, signal, inputs = store.spend(), prepared.plan.signal, prepared.inputs
+    looked_at = [inputs.sent(prompt) for prompt in spread((*inputs.prompts.prompts, *inputs.items), 200)]
+    mean, worst = worst_cases(recipe, teacher, prepared.renderer, signal, looked_at)
     whole = Whole(
-        prompts=len(prepared.prompts.prompts),
-        items=len(items),
-        bought=_ended(prepared, purchases, items, fates),
+        prompts=len(inputs.prompts.prompts),
+        items=len(inputs.items),
+        bought=_ended(prepared, purchases, fates),
         used=after.settled + after.reserved,
         worst=worst,
         worst_mean=mean,
     )
-    asks = asks_of(recipe, teacher, prepared.renderer, prepared.prompts, items, signal, len(prompts))
+    asks = asks_of(recipe, teacher, prepared.renderer, inputs, signal, len(prompts))
     found = estimate(fates, whole, teacher.price, day=clock.now().date().isoformat(), asks=asks)
     store.remember("pilot", teacher.endpoint, found.model_dump(mode="json"))
     return Piloted(
@@ -85,7 +87,7 @@ def _fates(prepared: Prepared, answering: BoughtAnswers, prompts: Sequence[Promp
     """What became of each drawn prompt, judged as the run will judge it."""
     answered = answering.answers(0, prompts)
     lines = [line_of(one, _record(one), 0.0) for one in answered]
-    reasons = {candidate.prompt_id: reason for candidate, reason in curated_lines(prepared, lines).dropped}
+    reasons = {candidate.prompt_id: reason for candidate, reason in curated_by(chosen(prepared.recipe, prepared.inputs), prepared, lines)[1].dropped}
     fates = []
     for prompt in prompts:
         row = answering.row(prompt)
@@ -108,13 +110,13 @@ def _record(answered: Answered) -> str | None:
     return None if answered.sequence is None else record_id(answered.sequence)
 
 
-def _ended(prepared: Prepared, purchases: Purchases, items: Sequence[Prompt], fates: Sequence[Fate]) -> int:
+def _ended(prepared: Prepared, purchases: Purchases, fates: Sequence[Fate]) -> int:
     """How many rows of the collection have ended, with those that are too long to be asked among the drawn ones."""
     ended = {row.row for row in purchases.store.rows() if row.state in ("answered", "failed")}
     asked = sum(bool(fate.attempts) or fate.failed is not None for fate in fates)
     if len(ended) > asked:  # the names of all rows take time, and nearly always there are no others
         temperature = prepared.recipe.generation.sampling_temperature
         rows = purchases.rows(COLLECT, prepared.prompts.prompts, temperature=temperature, top_logprobs=asked_logprobs(prepared))
-        rows += purchases.rows(EVALUATE, items, temperature=0.0)
+        rows += purchases.rows(EVALUATE, prepared.inputs.items, temperature=0.0)
         asked = sum(row.row in ended for row in rows)
     return asked + sum(not fate.attempts and fate.failed is None for fate in fates)

@@ -71,6 +71,38 @@ class PromptFacts(Documented):
     answer_tokens_why: str
 
 
+class CurationFacts(Documented):
+    """What decides which answers the student sees."""
+
+    steps: list[str]
+    """In the order in which they run, a verifier's rules among them."""
+    sha256: str
+    """Of the steps with their settings, the verifier's files and the items that are kept out: with others a run does not go on."""
+    why: str
+
+
+class RedactedKind(Documented):
+    """One kind of secret."""
+
+    kind: str
+    """As it stands in placeholders; LITERAL is text that looked like one by itself."""
+    places: int
+    """In how many places it was replaced."""
+    distinct: int
+    """How many different ones there are."""
+    texts: int
+    """In how many prompts, items and labelled pairs."""
+
+
+class RedactionFacts(Documented):
+    """What is taken out of the texts before an endpoint sees them. What it was is said nowhere."""
+
+    mode: Literal["off", "placeholders", "restored"]
+    texts: int
+    """How many prompts, items and labelled pairs were looked at."""
+    kinds: list[RedactedKind]
+
+
 class CollectionFacts(Documented):
     """What will be asked of the teacher's endpoint, what that can cost, and what it is expected to. Amounts of money are exact decimals."""
 
@@ -190,6 +222,10 @@ class Plan(Documented):
     terms: Terms
     prompts: PromptFacts
     signal: Signal
+    curation: CurationFacts | None = None
+    """None in a plan that was made before runs curated."""
+    redaction: RedactionFacts | None = None
+    """Only of a teacher behind an endpoint."""
     collection: CollectionFacts | None = None
     """Only of a teacher behind an endpoint."""
     objective: str

@@ -15,10 +15,10 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 from stillroom.collect.spend import Amount, in_units, worst_case
 from stillroom.collect.wire import Call
 from stillroom.core import clock, durable
-from stillroom.core.errors import DataError, ResourceError, StoreError
+from stillroom.core.errors import DataError, ModelError, ResourceError, StoreError
 from stillroom.core.hashing import canonical_json, sha256_hex
 from stillroom.core.launch import launched
-from stillroom.data import LoadedPrompts, Prompt, load_prompts
+from stillroom.data import LoadedPrompts, Prompt
 from stillroom.entitlement.verdict import Verdict
 from stillroom.models.adapters import LoraSettings, add_lora
 from stillroom.models.arithmetic import require_compiler
@@ -40,10 +40,24 @@ from stillroom.models.tokenizers import Renderer, load_tokenizer, vocabulary_of
 from stillroom.objectives.divergences import DIVERGENCES
 from stillroom.objectives.matching import STATE_MATCHES
 from stillroom.objectives.objective import Objective, WeightedTerm
+from stillroom.runs.curating import asked_in_vain, chosen
 from stillroom.runs.endpoints import Asking, EndpointTeacher, endpoint_teacher, obtainable, require_askable, require_signal
 from stillroom.runs.entitling import decide_recipe, entitled, sources_of, terms_of
+from stillroom.runs.inputs import Inputs
 from stillroom.runs.loggers import chosen as loggers_chosen
-from stillroom.runs.plan import CardFit, CollectionFacts, Estimate, Hardware, ModelFacts, Plan, PromptFacts, Signal, VocabularyFacts
+from stillroom.runs.plan import (
+    CardFit,
+    CollectionFacts,
+    CurationFacts,
+    Estimate,
+    Hardware,
+    ModelFacts,
+    Plan,
+    PromptFacts,
+    RedactionFacts,
+    Signal,
+    VocabularyFacts,
+)
 from stillroom.runs.projection import Pilot, caps_needed, drawn
 from stillroom.runs.recipe import ObjectiveSection, Recipe
 from stillroom.runs.report import Decision
@@ -86,8 +100,13 @@ class Prepared:
     student: StudentPlan
     tokenizer: PreTrainedTokenizerFast
     renderer: Renderer
-    prompts: LoadedPrompts
+    inputs: Inputs
     objective: Objective
+
+    @property
+    def prompts(self) -> LoadedPrompts:
+        """What the teacher is asked."""
+        return self.inputs.prompts
 
     @property
     def context_tokens(self) -> int:
@@ -149,12 +168,15 @@ def prepare(recipe: Recipe, *, out: Path | None = None, planned: Plan | None = N
     decided = entitled if gate or no_plan else decide_recipe
     verdict, sources = decided(recipe), sources_of(recipe)
     loggers_chosen(recipe.logging)
-    teacher, tokenizer, teacher_vocabulary = _teacher(recipe, out)
+    teacher = _teacher(recipe, out)
     if planned is not None and isinstance(teacher, ModelDescription):
         _require_same_teacher(planned, teacher)
-    student = _plan_student(recipe, teacher, tokenizer, teacher_vocabulary)
+    base = _base(recipe)
+    tokenizer, teacher_vocabulary = _tokens_of(recipe, teacher, base)
+    student = _plan_student(recipe, teacher, tokenizer, teacher_vocabulary, base)
     renderer = Renderer(tokenizer)
-    prompts = load_prompts(recipe.prompts.path, dataset=recipe.prompts.dataset, split=recipe.prompts.split, limit=recipe.prompts.limit)
+    inputs = Inputs(recipe)
+    prompts = inputs.prompts
     if sources_of(recipe) != sources:  # a card came with what was fetched
         verdict = decided(recipe)
     if planned is not None:
@@ -164,7 +186,7 @@ def prepare(recipe: Recipe, *, out: Path | None = None, planned: Plan | None = N
         assert isinstance(teacher, ModelDescription), "terms on hidden states have been refused"
         match.check_widths(student.shape.width, teacher.shape.width)
     if planned is None:
-        planned = _Planner(recipe, out or Path.cwd(), teacher, student, teacher_vocabulary, renderer, prompts, objective).plan(verdict, cards=cards)
+        planned = _Planner(recipe, out or Path.cwd(), teacher, student, teacher_vocabulary, renderer, inputs, objective).plan(verdict, cards=cards)
     return Prepared(
         recipe=recipe,
         plan=planned,
@@ -174,30 +196,51 @@ def prepare(recipe: Recipe, *, out: Path | None = None, planned: Plan | None = N
         student=student,
         tokenizer=tokenizer,
         renderer=renderer,
-        prompts=prompts,
+        inputs=inputs,
         objective=objective,
     )
 
 
-def _teacher(recipe: Recipe, out: Path | None) -> tuple[ModelDescription | EndpointTeacher, PreTrainedTokenizerFast, Vocabulary]:
-    """The teacher, and the tokenizer that its text is in with its vocabulary. Behind an endpoint that is the one that the recipe names, else the student's,
+@dataclass(frozen=True, slots=True)
+class _Base:
+    """The model that the student is made from."""
+
+    description: ModelDescription
+    tokenizer: PreTrainedTokenizerFast
+    vocabulary: Vocabulary
+
+
+def _teacher(recipe: Recipe, out: Path | None) -> ModelDescription | EndpointTeacher:
+    if recipe.teacher.endpoint is None:
+        return describe(recipe.teacher.source, recipe.teacher.revision)
+    require_askable(recipe)
+    return endpoint_teacher(recipe, out)
+
+
+def _base(recipe: Recipe) -> _Base | None:
+    """None where the student is no model that exists."""
+    section = recipe.student
+    if section.model is None:
+        return None
+    description = describe(section.model, section.revision)
+    tokenizer = load_tokenizer(section.model, section.revision)
+    return _Base(description, tokenizer, vocabulary_of(tokenizer, description.shape.rows, description.end_ids))
+
+
+def _tokens_of(recipe: Recipe, teacher: ModelDescription | EndpointTeacher, base: _Base | None) -> tuple[PreTrainedTokenizerFast, Vocabulary]:
+    """The tokenizer that the teacher's text is in, with its vocabulary. Behind an endpoint that is the one that the recipe names, else the student's,
     in whose tokens the teacher's text is then written.
     """
     section = recipe.teacher
-    if section.endpoint is None:
-        description = describe(section.source, section.revision)
+    if isinstance(teacher, ModelDescription):
         tokenizer = load_tokenizer(section.source, section.revision)
-        return description, tokenizer, vocabulary_of(tokenizer, description.shape.rows, description.end_ids)
-    require_askable(recipe)
-    teacher = endpoint_teacher(recipe, out)
+        return tokenizer, vocabulary_of(tokenizer, teacher.shape.rows, teacher.end_ids)
     if section.tokenizer is not None:
         tokenizer = load_tokenizer(section.tokenizer)
         rows = 1 + max([*tokenizer.get_vocab().values(), *tokenizer.added_tokens_decoder])
-        return teacher, tokenizer, vocabulary_of(tokenizer, rows)
-    assert recipe.student.model is not None, "the recipe has been refused otherwise"
-    description = describe(recipe.student.model, recipe.student.revision)
-    tokenizer = load_tokenizer(recipe.student.model, recipe.student.revision)
-    return teacher, tokenizer, vocabulary_of(tokenizer, description.shape.rows, description.end_ids)
+        return tokenizer, vocabulary_of(tokenizer, rows)
+    assert base is not None, "the recipe has been refused otherwise"
+    return base.tokenizer, base.vocabulary
 
 
 def _context_length(teacher: ModelDescription | EndpointTeacher) -> int | None:
@@ -242,12 +285,15 @@ def objective_of(section: ObjectiveSection) -> Objective:
 
 
 def _plan_student(
-    recipe: Recipe, teacher: ModelDescription | EndpointTeacher, tokenizer: PreTrainedTokenizerFast, teacher_vocabulary: Vocabulary
+    recipe: Recipe,
+    teacher: ModelDescription | EndpointTeacher,
+    tokenizer: PreTrainedTokenizerFast,
+    teacher_vocabulary: Vocabulary,
+    base: _Base | None,
 ) -> StudentPlan:
     section = recipe.student
-    if section.model is not None:
-        description = describe(section.model, section.revision)
-        vocabulary = vocabulary_of(load_tokenizer(section.model, section.revision), description.shape.rows, description.end_ids)
+    if base is not None:
+        description, vocabulary = base.description, base.vocabulary
         require_same(teacher_vocabulary, vocabulary)
         return StudentPlan(
             kind=description.ref.kind,
@@ -318,14 +364,13 @@ class _Planner:
         student: StudentPlan,
         vocabulary: Vocabulary,
         renderer: Renderer,
-        prompts: LoadedPrompts,
+        inputs: Inputs,
         objective: Objective,
     ) -> None:
         self.recipe, self.out, self.teacher, self.student, self.vocabulary = recipe, out, teacher, student, vocabulary
-        self.renderer, self.prompts, self.objective = renderer, prompts, objective
+        self.renderer, self.inputs, self.prompts, self.objective = renderer, inputs, inputs.prompts, objective
         self.decisions: list[Decision] = []
         self.warnings: list[str] = []
-        self.items: tuple[Prompt, ...] = ()
         self.prompt_lengths: list[int] = []
         self.answer_lengths: list[int] = []
 
@@ -334,6 +379,8 @@ class _Planner:
         recipe = self.recipe
         facts = self._prompts()
         signal = self._signal(facts)
+        curation = self._curation()
+        redaction = self._redaction(signal)
         steps, epochs = self._length(facts.count)
         device, dtype = self._device(), self._dtype()
         if recipe.hardware.compile:
@@ -356,6 +403,8 @@ class _Planner:
             terms=terms_of(recipe, verdict),
             prompts=facts,
             signal=signal,
+            curation=curation,
+            redaction=redaction,
             collection=self._collection(signal),
             objective=_described(self.objective),
             steps=steps,
@@ -381,7 +430,7 @@ class _Planner:
     # --- prompts and signal -----------------------------------------------------------------------------------------------------------
 
     def _prompts(self) -> PromptFacts:
-        sample = _spread(self.prompts.prompts, _SAMPLED_PROMPTS)
+        sample = spread(self.prompts.prompts, _SAMPLED_PROMPTS)
         lengths = self.prompt_lengths = [len(self.renderer.prompt_ids(prompt)) for prompt in sample]
         longest = max(lengths)
         context = _context_length(self.teacher)
@@ -392,7 +441,7 @@ class _Planner:
                 expected=f"room for an answer in the teacher's context of {context}",
                 do="Shorten the prompts.",
             )
-        lossy = sum(self.renderer.loses_text(prompt) for prompt in _spread(sample, 200))
+        lossy = sum(self.renderer.loses_text(prompt) for prompt in spread(sample, 200))
         if lossy:
             self.warnings.append(f"in {lossy} of {min(200, len(sample))} prompts looked at, some text is lost by the teacher's tokenizer")
         self.answer_lengths, why = self._answer_lengths()
@@ -407,12 +456,11 @@ class _Planner:
         )
 
     def _answer_lengths(self) -> tuple[list[int], str]:
-        most = self.recipe.generation.max_new_tokens
-        self.items = items = items_of(self.recipe)
-        given = [prompt for prompt in _spread(self.prompts.prompts, 200) if prompt.answer is not None or self.renderer.ends_with_answer(prompt)]
+        most, items = self.recipe.generation.max_new_tokens, self.inputs.items
+        given = [prompt for prompt in spread(self.prompts.prompts, 200) if prompt.answer is not None or self.renderer.ends_with_answer(prompt)]
         if given:
             return self._lengths_of(given, most), "the mean of the answers given with the prompts"
-        answered = [item for item in _spread(items, 200) if item.answer is not None]
+        answered = [item for item in spread(items, 200) if item.answer is not None]
         if answered:
             return self._lengths_of(answered, most), "the mean of the evaluation items' answers"
         return [most], "the most that generation.max_new_tokens allows: nothing is known of the answers yet"
@@ -453,16 +501,16 @@ class _Planner:
         if not isinstance(teacher, EndpointTeacher):
             return None
         prompts = self.prompts.prompts if self.recipe.prompts.answers == "teacher" else ()
-        asked = (*prompts, *self.items)
-        each, _ = worst_cases(self.recipe, teacher, self.renderer, signal, asked)
+        asked = (*prompts, *self.inputs.items)
+        each, _ = worst_cases(self.recipe, teacher, self.renderer, signal, [self.inputs.sent(prompt) for prompt in spread(asked, 200)])
         most = Amount(each.tokens * len(asked), each.money * len(asked))
         if teacher.price is not None and (warning := teacher.price.age_warning(clock.now().date())) is not None:
             self.warnings.append(warning)
-        pilot, why = _pilot_of(self.recipe, teacher, self.renderer, self.prompts, self.items, signal)
+        pilot, why = _pilot_of(self.recipe, teacher, self.renderer, self.inputs, signal)
         self._warn_of_caps(teacher, most, pilot)
         return CollectionFacts(
             prompts=len(prompts),
-            items=len(self.items),
+            items=len(self.inputs.items),
             most_tokens=most.tokens,
             most_money=None if teacher.price is None else f"{in_units(most.money).normalize():f}",
             cap_tokens=teacher.caps.tokens,
@@ -480,6 +528,38 @@ class _Planner:
             )
         elif pilot is None and not most.fits(teacher.caps):
             self.warnings.append("the cap may be reached before all is answered, at the worst; it can be raised, and the run goes on")
+
+    def _curation(self) -> CurationFacts:
+        """Which steps will run; what is asked in vain is said before it is paid for."""
+        found = chosen(self.recipe, self.inputs)
+        if self.recipe.curation.steps == "auto":
+            self._decided("curation.steps", ", ".join(found.facts.steps) or "none", found.why)
+        if isinstance(self.teacher, EndpointTeacher) and self.recipe.prompts.answers == "teacher":
+            hit, looked_at = asked_in_vain(found, self.prompts.prompts)
+            if hit:
+                self.warnings.append(
+                    f"{hit} of {looked_at} prompts looked at have an evaluation item in them: their answers will be paid for and left out"
+                )
+        return found.facts
+
+    def _redaction(self, signal: Signal) -> RedactionFacts | None:
+        mode, found = self.inputs.mode, self.inputs.redaction
+        if mode == "restored" and signal.kind == "top_k":
+            raise ModelError(
+                "targets-unsupported",
+                found="collection.redaction: restored, and targets of kind top_k",
+                expected="text, or placeholders",
+                why="the endpoint's log-probabilities are those of placeholders, and not of what is put back in their place",
+                do="Set collection.redaction to placeholders or off; or learn from the text: targets.kind: text, objective.terms: [{divergence: cross_entropy}].",
+            )
+        if found is not None and found.kinds:
+            kinds = ", ".join(f"{one.places} {one.kind} in {one.texts} texts" for one in found.kinds)
+            self._decided("collection.redaction", mode, f"replaced before anything is sent: {kinds}")
+        if vain := self.inputs.secrets_in_answers_alone():
+            self.warnings.append(
+                f"in {vain} of {len(self.inputs.items)} evaluation items the expected answer has a secret that the prompt has not: its placeholder is never the right answer"
+            )
+        return found
 
     def _local_signal(self, teacher: ModelDescription, facts: PromptFacts) -> Signal:
         section = self.recipe.targets
@@ -697,7 +777,7 @@ class _Planner:
             validate_every=training.validate_every,
             checkpoint_every=training.checkpoint_every,
             label_only=self._label_only(),
-            items=len(self.items),
+            items=len(self.inputs.items),
             fidelity_prompts=recipe.evaluation.fidelity_prompts,
         )
 
@@ -706,7 +786,7 @@ class _Planner:
         if section is None:
             return None
         return LabelOnlyWork(
-            pairs=len(load_prompts(section.path, limit=section.limit).prompts),
+            pairs=len(self.inputs.pairs),
             validation_fraction=section.validation_fraction,
             validate_every=section.validate_every,
             patience=section.patience,
@@ -739,7 +819,7 @@ class _Planner:
         return int(store + sequences + weights * (2 if self.recipe.evaluation.label_only else 1) + 3000 * facts.count)
 
 
-def _spread(values: Sequence[Prompt], most: int) -> list[Prompt]:
+def spread(values: Sequence[Prompt], most: int) -> list[Prompt]:
     """At most `most` of `values`, evenly spaced."""
     if len(values) <= most:
         return list(values)
@@ -794,18 +874,12 @@ def asking_of(recipe: Recipe, teacher: EndpointTeacher, renderer: Renderer) -> A
 
 
 def worst_cases(recipe: Recipe, teacher: EndpointTeacher, renderer: Renderer, signal: Signal, prompts: Sequence[Prompt]) -> tuple[Amount, Amount]:
-    """The most that asking one of these can cost, on average and of all, by some of them that are evenly spaced."""
+    """The most that asking one of these, as they are sent, can cost: on average, and of all."""
     asking = asking_of(recipe, teacher, renderer)
-    worst = [worst_case(collecting_call(recipe, asking, signal, prompt), teacher.price) for prompt in _spread(prompts, 200)]
+    worst = [worst_case(collecting_call(recipe, asking, signal, prompt), teacher.price) for prompt in prompts]
     tokens, money = [one.tokens for one in worst], [one.money for one in worst]
     mean = Amount(math.ceil(sum(tokens) / max(1, len(worst))), math.ceil(sum(money) / max(1, len(worst))))
     return mean, Amount(max(tokens, default=0), max(money, default=0))
-
-
-def items_of(recipe: Recipe) -> tuple[Prompt, ...]:
-    """What all models are evaluated on."""
-    section = recipe.evaluation
-    return load_prompts(section.path, limit=section.limit).prompts if section.path is not None else ()
 
 
 def collecting_call(recipe: Recipe, asking: Asking, signal: Signal, prompt: Prompt) -> Call:
@@ -815,33 +889,29 @@ def collecting_call(recipe: Recipe, asking: Asking, signal: Signal, prompt: Prom
 
 def pilot_of(prepared: Prepared) -> tuple[Pilot | None, str | None]:
     """The stored pilot of this very collection; else why there is none."""
-    teacher, items = prepared.endpoint_teacher, items_of(prepared.recipe)
+    teacher = prepared.endpoint_teacher
     assert teacher is not None, "a pilot is of an endpoint"
-    return _pilot_of(prepared.recipe, teacher, prepared.renderer, prepared.prompts, items, prepared.plan.signal)
+    return _pilot_of(prepared.recipe, teacher, prepared.renderer, prepared.inputs, prepared.plan.signal)
 
 
-def _pilot_of(
-    recipe: Recipe, teacher: EndpointTeacher, renderer: Renderer, prompts: LoadedPrompts, items: Sequence[Prompt], signal: Signal
-) -> tuple[Pilot | None, str | None]:
+def _pilot_of(recipe: Recipe, teacher: EndpointTeacher, renderer: Renderer, inputs: Inputs, signal: Signal) -> tuple[Pilot | None, str | None]:
     if recipe.prompts.answers == "given":
         return None, "the answers are given"
     pilot = teacher.pilot
     if pilot is None:
         return None, "none was made"
-    if pilot.asks != asks_of(recipe, teacher, renderer, prompts, items, signal, pilot.rows):
+    if pilot.asks != asks_of(recipe, teacher, renderer, inputs, signal, pilot.rows):
         return None, f"the one of {pilot.day} asked something else"
     if pilot.price != (teacher.price and teacher.price.id):
         return None, f"the one of {pilot.day} was reckoned at other prices; to make it again buys nothing"
     return pilot, None
 
 
-def asks_of(
-    recipe: Recipe, teacher: EndpointTeacher, renderer: Renderer, prompts: LoadedPrompts, items: Sequence[Prompt], signal: Signal, rows: int
-) -> str:
+def asks_of(recipe: Recipe, teacher: EndpointTeacher, renderer: Renderer, inputs: Inputs, signal: Signal, rows: int) -> str:
     """SHA-256 of what a run asks of its endpoint: the calls of the prompts that a pilot of so many rows draws, and all prompts and items."""
     asking = asking_of(recipe, teacher, renderer)
-    calls = [collecting_call(recipe, asking, signal, prompt).key for prompt in drawn(prompts.prompts, rows, recipe.seed)]
-    return sha256_hex(canonical_json([prompts.sha256, [item.id for item in items], calls]))
+    calls = [collecting_call(recipe, asking, signal, prompt).key for prompt in map(inputs.sent, drawn(inputs.prompts.prompts, rows, recipe.seed))]
+    return sha256_hex(canonical_json([inputs.prompts.sha256, [item.id for item in inputs.items], calls]))
 
 
 def _facts_of_description(model: ModelDescription) -> ModelFacts:

@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 
-from endpoint_runs import KEY, fake_recipe, settings
+from endpoint_runs import KEY, fake_recipe, keep_probe, served_recipe, settings
+from servers import TEACHER, llama_server
 from stillroom.collect.store import RequestStore
 from stillroom.collect.wire import Endpoint
 from stillroom.core.errors import EntitlementDenied, EntitlementUnknown, RecipeError, SpendCapReached
 from stillroom.runs import Recipe, Run, pilot, plan, run
+from stillroom.runs.endpoints import endpoint_of
 from stillroom.runs.reporting import build_report
 from stillroom.testing.account import Bill
 from stillroom.testing.fake_endpoint import fake_endpoint
@@ -195,6 +197,25 @@ def test_the_commands_say_it(stillroom: Stillroom, tmp_path: Path) -> None:
         assert (code, "request-store-other" in err) == (2, True)
         assert stillroom("pilot", recipe, "--out", out, "--rows", "0")[0] == 2
         assert server.bill.received == 6
+
+
+def test_rows_with_log_probabilities_are_the_runs_own_too(tmp_path: Path) -> None:
+    """A real server: what they cost is what they cost, and the files beside the store are there before the run begins."""
+    pytest.importorskip("xllamacpp")
+    pytest.importorskip("gguf")
+    with llama_server(TEACHER, exact=True) as server:
+        recipe, out = served_recipe(tmp_path / "in", server.base_url, prompts=14), tmp_path / "run"
+        keep_probe(endpoint_of(recipe), out / "requests.sqlite")
+        found = pilot(recipe, out=out, rows=5)
+        assert (found.signal, found.probed, found.pilot.demoted, found.pilot.rows) == ("top_k", True, {}, 5)
+        assert (out / "requests-logprobs").is_dir()
+        done = run(recipe, out=out, until="collected")
+    bought = json.loads(done.bought_path.read_text())
+    assert (bought["verified"], bought["rows"]["collect"]["requested"]) == (14, 14)
+    assert bought["pilot"]["asks"] == found.pilot.asks
+    assert 0 < bought["answers_tokens"] < bought["spent_tokens"]  # the rest is the probe's
+    with RequestStore.open(done.requests_path, read_only=True) as store:
+        assert all(len(store.attempts(row.key)) == 1 for row in store.rows())
 
 
 # --- the account of a whole run -----------------------------------------------------------------------------------------------------------

@@ -327,7 +327,17 @@ def _collection(collection: Collection) -> RenderableType:
     cap = f" of a cap of {collection.cap_tokens.value:,.0f}" if isinstance(collection.cap_tokens, Number) else ""
     money = "" if isinstance(collection.spent_money, Absent) else f" ({collection.spent_money.value:.6g} {collection.spent_money.unit})"
     account.append(f"{collection.spent_tokens.value:,.0f} tokens spent{money}, {collection.reserved_tokens.value:,.0f} reserved{cap}")
+    if isinstance(collection.pilot_tokens, Number):
+        told = _with_interval(collection.pilot_tokens, lambda tokens: f"{tokens:,.0f}")
+        account.append(f"a pilot had projected {told} tokens for the answers" + _of_answers(collection))
+    if isinstance(collection.break_even_calls, Number):
+        account.append(f"the student has paid for itself after {collection.break_even_calls.value:,.0f} calls")
     return Group(table, *(Text(line) for line in account))
+
+
+def _of_answers(collection: Collection) -> str:
+    answers = collection.answers_tokens
+    return f", which cost {answers.value:,.0f}" if isinstance(answers, Number) else ""
 
 
 def _by_reason(counts: dict[str, int]) -> str:

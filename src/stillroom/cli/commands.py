@@ -68,6 +68,8 @@ def pilot(recipe: Path, out: Path | None, rows: int, as_json: bool) -> None:
         print(json.dumps(piloted.to_json(), indent=2))
     else:
         output().print(view.pilot_page(piloted))
+        if not piloted.probed:
+            output().print(view.probe_advice(piloted), soft_wrap=True, highlight=False, markup=False)
 
 
 def _default_out(recipe: Recipe) -> Path:

@@ -192,14 +192,15 @@ def pilot_page(piloted: Piloted) -> RenderableType:
     )
     table.add_row("this pilot", Text(f"{spent} spent, {held} reserved"))
     table.add_row("store", Text(f"{piloted.store}: {spend.settled.tokens:,} tokens spent, {spend.reserved.tokens:,} reserved in all"))
-    notes = [] if piloted.probed else [Text(_NO_PROBE.format(piloted=piloted), style="yellow")]
-    return Group(table, *notes)
+    return table
 
 
-_NO_PROBE = (
-    "No probe of this endpoint is kept. With log-probabilities rows may cost more, and are other rows: to have them, probe first:\n"
-    "stillroom probe {piloted.endpoint.base_url} --model {piloted.endpoint.model} --store {piloted.store}"
-)
+def probe_advice(piloted: Piloted) -> str:
+    """What there is to know where nothing was probed."""
+    return (
+        "No probe of this endpoint is kept. With log-probabilities rows may cost more, and are other rows: to have them, probe first:\n"
+        f"stillroom probe {piloted.endpoint.base_url} --model {piloted.endpoint.model} --store {piloted.store}"
+    )
 
 
 def _pilot_rows(pilot: Pilot) -> str:

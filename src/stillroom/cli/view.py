@@ -122,7 +122,7 @@ def plan_page(plan: Plan) -> RenderableType:
     if plan.redaction is not None:
         table.add_row("redaction", Text(_redaction(plan.redaction)))
     if plan.collection is not None:
-        table.add_row("collection", Text(_collection(plan.collection)))
+        table.add_row("collection", Text(_asked(plan.collection)))
     table.add_row("objective", f"{plan.objective}; {plan.steps:,} steps, {plan.epochs:.1f} epochs")
     hardware = plan.hardware
     teacher = "" if hardware.teacher_dtype in (None, hardware.dtype) else f" (teacher {hardware.teacher_dtype})"
@@ -145,7 +145,7 @@ def _redaction(found: RedactionFacts) -> str:
     return f"{found.mode}; in {found.texts:,} texts: {replaced}"
 
 
-def _collection(facts: CollectionFacts) -> str:
+def _asked(facts: CollectionFacts) -> str:
     """What will be asked and what it can cost, what a pilot expects, and the caps."""
     money = "" if facts.most_money is None else f" ({_money(float(facts.most_money))} {facts.currency})"
     lines = [f"{facts.prompts:,} prompts and {facts.items:,} evaluation items: at the very most {facts.most_tokens:,} tokens{money}"]

@@ -193,7 +193,9 @@ def test_a_teacher_that_finishes_no_answer(case: Case) -> None:
 
 
 def test_evaluation_items_without_answers(case: Case) -> None:
-    case.tree["evaluation"] = {"path": case.tree["prompts"]["path"]}
+    # Other texts than the prompts, which would be left out as contaminated.
+    items = [{"prompt": f"the {number}th of May, {number} sharp"} for number in range(6)]
+    case.tree["evaluation"] = {"path": str(write_rows(case.folder / "unanswered.jsonl", items))}
     case.refused("items-invalid")
 
 

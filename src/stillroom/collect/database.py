@@ -152,6 +152,8 @@ class StoreLock:
 def connect(path: Path, *, read_only: bool) -> sqlite3.Connection:
     """A connection to a request store, which is made where there is none (unless `read_only`). Raises 'request-store-other', and what is above."""
     _require_sqlite(path)
+    if read_only and not os.path.exists(path):
+        raise _other(path, "is not there")
     with errors_reported(path):
         mode = "ro" if read_only else "rwc"
         connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode={mode}", uri=True, isolation_level=None, check_same_thread=False, timeout=10.0)

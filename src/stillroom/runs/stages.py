@@ -37,6 +37,8 @@ from stillroom.runs.reporting import build_report
 from stillroom.runs.summaries import read
 from stillroom.runs.training import Trainer, whole_student
 
+# In the place of a text: the endpoint refused, or failed for good. `stillroom requests` says why.
+_NO_ANSWER = "(no answer)"
 _COMMANDS = {"planned": "plan", "collected": "collect", "trained": "train", "evaluated": "evaluate", "reported": "report"}
 
 
@@ -198,7 +200,7 @@ def compare(run: Run, *, prompt: str | None, file: Path | None) -> list[tuple[st
 
     if teacher is None:
         with run.locked(), Purchases.opened(run, prepared, Silent(), None) as purchases:
-            answers = [[text or "" for text in purchases.texts(COMPARE, asked)], written(student)]
+            answers = [[_NO_ANSWER if text is None else text for text in purchases.texts(COMPARE, asked)], written(student)]
     else:
         answers = [written(teacher), written(student)]
     shown = [[prepared.inputs.shown(one, text) for one, text in zip(asked, texts, strict=True)] for texts in answers]

@@ -106,6 +106,12 @@ def pilot(
 def collect(
     recipe: RecipeArgument,
     out: StageOutOption,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            "--shard", metavar="I/N", help="Only buy what the I-th of N machines is to buy of an endpoint; `stillroom merge` makes one of them."
+        ),
+    ] = None,
     explain: Annotated[
         str | None,
         typer.Option(
@@ -116,8 +122,10 @@ def collect(
     """Ask the teacher: answers and targets for every prompt."""
     if explain is not None:
         probing.explain(recipe, out, explain)
-    else:
+    elif shard is None:
         commands.stage(recipe, out, "collected")
+    else:
+        commands.collect_shard(recipe, out, shard)
 
 
 @app.command()
@@ -270,6 +278,20 @@ def requests(
 ) -> None:
     """Say where the rows of a request store are, what was spent and what is reserved, or why a call is not one that was made before."""
     probing.requests(store, explain, as_json)
+
+
+@app.command()
+def merge(
+    stores: Annotated[
+        list[Path], typer.Argument(metavar="STORE...", help="Request stores (.sqlite) of several machines, each with the files beside it.")
+    ],
+    into: Annotated[
+        Path, typer.Option("--into", metavar="FILE", help="The request store to take them into, such as RUN/requests.sqlite; made if missing.")
+    ],
+) -> None:
+    """Make one request store of those of several machines (`collect --shard`): answers, log-probabilities and accounts, each once."""
+    if not probing.merge(stores, into):
+        raise typer.Exit(2)
 
 
 app.add_typer(terms)

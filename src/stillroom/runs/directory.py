@@ -28,10 +28,9 @@ from stillroom.runs.summaries import read
 
 STATES = ("new", "planned", "collected", "trained", "evaluated", "reported")
 # What may be in a directory that no run has begun in: a lock, inputs that whoever began it put there, and what a death in the first write left.
-_NOT_OURS = (".lock", "inputs", ".recipe.json.partial")
-# The requests of a run whose teacher is behind an endpoint. A probe or a pilot may have begun it before the run.
+_NOT_OURS = (".lock", "inputs", ".recipe.json.partial", "requests-logprobs")
+# The requests of a run whose teacher is behind an endpoint. A probe, a pilot or other machines may have begun it before the run.
 REQUESTS = "requests.sqlite"
-_BEFORE_A_RUN = (REQUESTS, "requests-logprobs")
 _PACKAGES = ("stillroom", "torch", "transformers", "tokenizers", "safetensors", "numpy", "pyarrow", "pydantic")
 
 
@@ -63,7 +62,7 @@ class Run:
                 )
         elif directory.exists() and not directory.is_dir():
             raise RunError("run-not-a-run", found=f"{directory} is a file", expected="a directory, or nothing yet", do="Choose another --out.")
-        elif directory.exists() and any(path.name not in _NOT_OURS and not path.name.startswith(_BEFORE_A_RUN) for path in directory.iterdir()):
+        elif directory.exists() and any(path.name not in _NOT_OURS and not path.name.startswith(REQUESTS) for path in directory.iterdir()):
             raise RunError(
                 "run-not-a-run",
                 found=f"{directory} is not empty and holds no recipe.json",

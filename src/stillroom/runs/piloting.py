@@ -18,7 +18,7 @@ from stillroom.runs.collecting import Answered, curated_by, line_of
 from stillroom.runs.curating import chosen
 from stillroom.runs.directory import Run
 from stillroom.runs.observer import Observer
-from stillroom.runs.planning import Prepared, asks_of, prepare, spread, worst_cases
+from stillroom.runs.planning import Prepared, asked_of, asks_of, prepare, spread, worst_cases
 from stillroom.runs.projection import Fate, Piloted, Whole, drawn, estimate
 from stillroom.runs.recipe import Recipe
 from stillroom.runs.stages import plan_of
@@ -29,12 +29,7 @@ def pilot(recipe: Recipe, out: Path, rows: int, observer: Observer) -> Piloted:
     """See stillroom.runs.pilot."""
     if recipe.teacher.endpoint is None or recipe.prompts.answers == "given":
         what = "a teacher whose weights are here" if recipe.teacher.endpoint is None else "answers that are given with the prompts"
-        raise RecipeError(
-            "recipe-invalid",
-            found=what,
-            expected="answers that are bought from an endpoint",
-            do="A pilot is for those: stillroom plan says the rest.",
-        )
+        raise _nothing_to_buy(what)
     run = Run.begin(recipe, out)
     with (
         durable.full_disk_reported(run.directory),
@@ -43,13 +38,22 @@ def pilot(recipe: Recipe, out: Path, rows: int, observer: Observer) -> Piloted:
         StopRequest("Give the same command again: it goes on from what was bought.") as stop,
     ):
         prepared = prepare(recipe, out=run.directory, planned=plan_of(run), gate=True)
-        prompts = drawn(prepared.prompts.prompts, rows, recipe.seed)
-        observer.stage("pilot", f"{len(prompts):,} of {len(prepared.prompts.prompts):,} prompts")
+        asked = asked_of(recipe, prepared.renderer, prepared.prompts.prompts)
+        prompts = drawn(asked, rows, recipe.seed)
+        if not prompts:
+            raise _nothing_to_buy("answers that are given with the prompts")
+        observer.stage("pilot", f"{len(prompts):,} of {len(asked):,} prompts")
         with Purchases.opened(run, prepared, observer, stop) as purchases:
-            return _bought(run, prepared, purchases, prompts)
+            return _bought(run, prepared, purchases, asked, prompts)
 
 
-def _bought(run: Run, prepared: Prepared, purchases: Purchases, prompts: Sequence[Prompt]) -> Piloted:
+def _nothing_to_buy(found: str) -> RecipeError:
+    return RecipeError(
+        "recipe-invalid", found=found, expected="answers that are bought from an endpoint", do="A pilot is for those: stillroom plan says the rest."
+    )
+
+
+def _bought(run: Run, prepared: Prepared, purchases: Purchases, asked: Sequence[Prompt], prompts: Sequence[Prompt]) -> Piloted:
     teacher, store, recipe = prepared.endpoint_teacher, purchases.store, prepared.recipe
     assert teacher is not None
     before = store.spend()
@@ -57,12 +61,12 @@ def _bought(run: Run, prepared: Prepared, purchases: Purchases, prompts: Sequenc
     answering.begin(prompts, len(prompts))
     fates = _fates(prepared, answering, prompts)
     after, signal, inputs = store.spend(), prepared.plan.signal, prepared.inputs
-    looked_at = [inputs.sent(prompt) for prompt in spread((*inputs.prompts.prompts, *inputs.items), 200)]
+    looked_at = [inputs.sent(prompt) for prompt in spread((*asked, *inputs.items), 200)]
     mean, worst = worst_cases(recipe, teacher, prepared.renderer, signal, looked_at)
     whole = Whole(
-        prompts=len(inputs.prompts.prompts),
+        prompts=len(asked),
         items=len(inputs.items),
-        bought=_ended(prepared, purchases, fates),
+        bought=_ended(prepared, purchases, asked, fates),
         used=after.settled + after.reserved,
         worst=worst,
         worst_mean=mean,
@@ -110,13 +114,13 @@ def _record(answered: Answered) -> str | None:
     return None if answered.sequence is None else record_id(answered.sequence)
 
 
-def _ended(prepared: Prepared, purchases: Purchases, fates: Sequence[Fate]) -> int:
+def _ended(prepared: Prepared, purchases: Purchases, prompts: Sequence[Prompt], fates: Sequence[Fate]) -> int:
     """How many rows of the collection have ended, with those that are too long to be asked among the drawn ones."""
     ended = {row.row for row in purchases.store.rows() if row.state in ("answered", "failed")}
     asked = sum(bool(fate.attempts) or fate.failed is not None for fate in fates)
     if len(ended) > asked:  # the names of all rows take time, and nearly always there are no others
         temperature = prepared.recipe.generation.sampling_temperature
-        rows = purchases.rows(COLLECT, prepared.prompts.prompts, temperature=temperature, top_logprobs=asked_logprobs(prepared))
+        rows = purchases.rows(COLLECT, prompts, temperature=temperature, top_logprobs=asked_logprobs(prepared))
         rows += purchases.rows(EVALUATE, prepared.inputs.items, temperature=0.0)
         asked = sum(row.row in ended for row in rows)
     return asked + sum(not fate.attempts and fate.failed is None for fate in fates)

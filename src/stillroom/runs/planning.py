@@ -114,6 +114,10 @@ class Prepared:
         lengths = [length for length in (_context_length(self.teacher), self.student.shape.context_length) if length is not None]
         return min(lengths, default=1 << 30)
 
+    def comes_with_answer(self, prompt: Prompt) -> bool:
+        """Whether this prompt's answer is given (or should be), so that the teacher is not asked for it."""
+        return _comes_with_answer(self.recipe, self.renderer, prompt)
+
     @property
     def local_teacher(self) -> ModelDescription:
         """The teacher, where its weights are here: what asks for it has been refused otherwise."""
@@ -176,7 +180,7 @@ def prepare(recipe: Recipe, *, out: Path | None = None, planned: Plan | None = N
     student = _plan_student(recipe, teacher, tokenizer, teacher_vocabulary, base)
     renderer = Renderer(tokenizer)
     inputs = Inputs(recipe)
-    prompts = inputs.prompts
+    prompts, _ = inputs.prompts, inputs.pairs  # and the items before them: what is wrong with any of them is said before anything is spent
     if sources_of(recipe) != sources:  # a card came with what was fetched
         verdict = decided(recipe)
     if planned is not None:
@@ -272,6 +276,16 @@ def _require_same_prompts(planned: Plan, prompts: LoadedPrompts) -> None:
             why="the answers that are there already are answers to those",
             do="Put the prompts back as they were, or run in a new directory.",
         )
+
+
+def _comes_with_answer(recipe: Recipe, renderer: Renderer, prompt: Prompt) -> bool:
+    match recipe.prompts.answers:
+        case "teacher":
+            return False
+        case "given":
+            return True
+        case "mixed":
+            return prompt.answer is not None or renderer.ends_with_answer(prompt)
 
 
 def objective_of(section: ObjectiveSection) -> Objective:
@@ -500,7 +514,7 @@ class _Planner:
         teacher = self.teacher
         if not isinstance(teacher, EndpointTeacher):
             return None
-        prompts = self.prompts.prompts if self.recipe.prompts.answers == "teacher" else ()
+        prompts = asked_of(self.recipe, self.renderer, self.prompts.prompts)
         asked = (*prompts, *self.inputs.items)
         each, _ = worst_cases(self.recipe, teacher, self.renderer, signal, [self.inputs.sent(prompt) for prompt in spread(asked, 200)])
         most = Amount(each.tokens * len(asked), each.money * len(asked))
@@ -760,7 +774,7 @@ class _Planner:
             prompt_tokens=tuple(self.prompt_lengths),
             answer_tokens=tuple(self.answer_lengths),
             max_new_tokens=recipe.generation.max_new_tokens,
-            written=recipe.prompts.answers == "teacher",
+            written=recipe.prompts.answers != "given",
             sampling_temperature=recipe.generation.sampling_temperature,
             teacher_at_once=hardware.teacher_at_once,
             target_kind=signal.kind,
@@ -882,6 +896,11 @@ def worst_cases(recipe: Recipe, teacher: EndpointTeacher, renderer: Renderer, si
     return mean, Amount(max(tokens, default=0), max(money, default=0))
 
 
+def asked_of(recipe: Recipe, renderer: Renderer, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Those that come without an answer."""
+    return [prompt for prompt in prompts if not _comes_with_answer(recipe, renderer, prompt)]
+
+
 def collecting_call(recipe: Recipe, asking: Asking, signal: Signal, prompt: Prompt) -> Call:
     """The call that gives the answer to learn from."""
     return asking.call(prompt, temperature=recipe.generation.sampling_temperature, top_logprobs=signal.k if signal.kind == "top_k" else None)
@@ -910,7 +929,10 @@ def _pilot_of(recipe: Recipe, teacher: EndpointTeacher, renderer: Renderer, inpu
 def asks_of(recipe: Recipe, teacher: EndpointTeacher, renderer: Renderer, inputs: Inputs, signal: Signal, rows: int) -> str:
     """SHA-256 of what a run asks of its endpoint: the calls of the prompts that a pilot of so many rows draws, and all prompts and items."""
     asking = asking_of(recipe, teacher, renderer)
-    calls = [collecting_call(recipe, asking, signal, prompt).key for prompt in map(inputs.sent, drawn(inputs.prompts.prompts, rows, recipe.seed))]
+    calls = [
+        collecting_call(recipe, asking, signal, prompt).key
+        for prompt in map(inputs.sent, drawn(asked_of(recipe, renderer, inputs.prompts.prompts), rows, recipe.seed))
+    ]
     return sha256_hex(canonical_json([inputs.prompts.sha256, [item.id for item in inputs.items], calls]))
 
 

@@ -13,6 +13,8 @@ import pytest
 from endpoint_runs import KEY, fake_recipe, settings
 from helpers import save_tiny
 from stillroom.collect.store import RequestStore
+from stillroom.core.errors import RequestStoreError
+from stillroom.runs import Recipe, plan
 from stillroom.testing.fake_endpoint import fake_endpoint
 
 Command = Callable[..., tuple[int, str, str]]
@@ -77,6 +79,8 @@ def assert_refused(done: tuple[int, str, str], codes: tuple[str, ...] = ("path-u
 def test_a_place_where_no_file_can_be(where: str, tmp_path: Path, student: Path, stillroom: Command) -> None:
     place = places(tmp_path)[where]
     (tmp_path / "pairs.jsonl").write_text(PAIR)
+    with RequestStore.open(tmp_path / "one.sqlite"):
+        pass
     before = tree(tmp_path)
     pairs, good = tmp_path / "pairs.jsonl", tmp_path / "good.jsonl"
     # The system's own directories say that they have no room.
@@ -89,6 +93,8 @@ def test_a_place_where_no_file_can_be(where: str, tmp_path: Path, student: Path,
         assert_refused(stillroom("probe", server.base_url, *options), ("path-unwritable", "request-store-other"))
         assert server.bill.received == 0
     assert_refused(stillroom("requests", place), ("request-store-other",))
+    assert_refused(stillroom("merge", tmp_path / "one.sqlite", "--into", place), ("path-unwritable", "request-store-other"))
+    assert_refused(stillroom("merge", place, "--into", tmp_path / "new.sqlite"), ("request-store-other",))
     assert tree(tmp_path) == before
 
 
@@ -138,6 +144,20 @@ def test_a_directory_that_may_not_be_written(
             assert_refused(stillroom("collect", tmp_path / "recipe.yaml", "--out", read_only / "run"), ("run-not-a-run",))
         assert server.bill.received == asked
     assert tree(tmp_path) == before
+
+
+def test_a_plan_reads_what_is_there_and_no_more(tmp_path: Path) -> None:
+    """Where no store can be there is no pilot; what is no store is said to be none."""
+    recipe = fake_recipe(tmp_path / "in", "http://127.0.0.1:9/v1")
+    found = places(tmp_path)
+    for place in (found["below a file"], found["too long"]):
+        facts = plan(recipe, out=place).collection
+        assert facts is not None
+        assert facts.no_pilot == "none was made"
+    tree = recipe.model_dump(mode="json", exclude_none=True)
+    tree["collection"]["store"] = str(found["a directory"])
+    with pytest.raises(RequestStoreError, match="is a directory"):
+        plan(Recipe.from_tree(tree))
 
 
 @pytest.mark.parametrize("where", ["below a file", "of the system", "a file"])

@@ -548,8 +548,8 @@ class _Planner:
         found = chosen(self.recipe, self.inputs)
         if self.recipe.curation.steps == "auto":
             self._decided("curation.steps", ", ".join(found.facts.steps) or "none", found.why)
-        if isinstance(self.teacher, EndpointTeacher) and self.recipe.prompts.answers == "teacher":
-            hit, looked_at = asked_in_vain(found, self.prompts.prompts)
+        if isinstance(self.teacher, EndpointTeacher):
+            hit, looked_at = asked_in_vain(found, asked_of(self.recipe, self.renderer, self.prompts.prompts))
             if hit:
                 self.warnings.append(
                     f"{hit} of {looked_at} prompts looked at have an evaluation item in them: their answers will be paid for and left out"
@@ -774,7 +774,7 @@ class _Planner:
             prompt_tokens=tuple(self.prompt_lengths),
             answer_tokens=tuple(self.answer_lengths),
             max_new_tokens=recipe.generation.max_new_tokens,
-            written=recipe.prompts.answers != "given",
+            written=len(asked_of(recipe, self.renderer, self.prompts.prompts)),
             sampling_temperature=recipe.generation.sampling_temperature,
             teacher_at_once=hardware.teacher_at_once,
             target_kind=signal.kind,
@@ -903,7 +903,12 @@ def asked_of(recipe: Recipe, renderer: Renderer, prompts: Sequence[Prompt]) -> l
 
 def collecting_call(recipe: Recipe, asking: Asking, signal: Signal, prompt: Prompt) -> Call:
     """The call that gives the answer to learn from."""
-    return asking.call(prompt, temperature=recipe.generation.sampling_temperature, top_logprobs=signal.k if signal.kind == "top_k" else None)
+    return asking.call(prompt, temperature=recipe.generation.sampling_temperature, top_logprobs=kept_alternatives(signal))
+
+
+def kept_alternatives(signal: Signal) -> int | None:
+    """How many alternatives an endpoint is asked for at each token: as many as are kept."""
+    return signal.k if signal.kind == "top_k" else None
 
 
 def pilot_of(prepared: Prepared) -> tuple[Pilot | None, str | None]:

@@ -198,6 +198,7 @@ def test_rules_that_changed_under_a_run_are_noticed(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         run(recipe, out=tmp_path / "run", until="collected")
     assert caught.value.code == "curation-changed"
+    assert not (tmp_path / "run" / "collect.jsonl").exists()  # before anything is asked or paid for
     checks.write_text("def check(prompt, answer):\n    return True\n")
     assert run(recipe, out=tmp_path / "run", until="collected").state == "collected"
 

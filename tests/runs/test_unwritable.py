@@ -12,6 +12,7 @@ import pytest
 
 from endpoint_runs import KEY, fake_recipe, settings
 from helpers import save_tiny
+from stillroom import demo
 from stillroom.collect.store import RequestStore
 from stillroom.core.errors import RequestStoreError
 from stillroom.runs import Recipe, plan
@@ -170,7 +171,7 @@ def test_a_run_where_no_directory_can_be(where: str, tmp_path: Path, stillroom: 
         for command in ("run", "collect", "train", "report"):
             assert_refused(stillroom(command, tmp_path / "recipe.yaml", "--out", place), ("run-not-a-run",))
         assert server.bill.received == 0
-    assert_refused(stillroom("demo", "--out", place), ("path-unwritable",))
+    assert_refused(stillroom("demo", "--out", place), ("path-unwritable", "run-not-a-run"))
     assert tree(tmp_path) == before
 
 
@@ -213,3 +214,12 @@ def test_a_limit_on_the_size_of_files_leaves_nothing_half_written(tmp_path: Path
         assert server.bill.received == 0
         assert (tmp_path / "kept.jsonl").read_text() == "of an earlier import"
         assert stillroom(*probe)[0] == 0, "the store goes on where there is room again"
+
+
+def test_a_demo_does_not_write_over_the_inputs_of_another(tmp_path: Path, stillroom: Command) -> None:
+    out = tmp_path / "demo"
+    recipe = demo.prepare(out, seed=0)
+    (out / "recipe.json").write_text(recipe.model_dump_json())
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert_refused(stillroom("demo", "--out", out, "--seed", 1), ("run-other-recipe",))
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before

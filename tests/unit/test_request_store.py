@@ -27,8 +27,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from stillroom.collect import database
-from stillroom.collect.spend import Amount, Caps, Price, cost, worst_case
 from stillroom.collect.machines import merge_stores
+from stillroom.collect.spend import Amount, Caps, Price, cost, worst_case
 from stillroom.collect.store import Requested, RequestStore, Reservation, Row, shard
 from stillroom.collect.wire import Answer, Call, Endpoint, Failure, FailureReason, Usage
 from stillroom.core.errors import RequestStoreError, ResourceError, SpendCapReached, SpendError

@@ -121,6 +121,8 @@ def collect(
 ) -> None:
     """Ask the teacher: answers and targets for every prompt."""
     if explain is not None:
+        if shard is not None:
+            raise typer.BadParameter("does not go with --shard", param_hint="--explain")
         probing.explain(recipe, out, explain)
     elif shard is None:
         commands.stage(recipe, out, "collected")

@@ -15,7 +15,6 @@ from hashlib import sha256
 from typing import Any, Protocol, assert_never
 
 from stillroom.core import durable
-from stillroom.core.errors import DataError
 from stillroom.core.identities import Sampling, TokenIds, TokenSequence
 from stillroom.core.interrupts import StopRequest
 from stillroom.core.seeds import derive_seed
@@ -237,15 +236,8 @@ class LocalAnswers:
 
 
 def given_answer(prepared: Prepared, prompt: Prompt) -> Answered:
-    """The answer that comes with a prompt. Raises DataError 'prompts-invalid' where there is none."""
+    """The answer that comes with a prompt: the plan was refused otherwise."""
     renderer = prepared.renderer
-    if prompt.answer is None and not renderer.ends_with_answer(prompt):
-        raise DataError(
-            "prompts-invalid",
-            found=f"a prompt without an answer ({prompt.content[:60]!r}), where prompts.answers is given",
-            expected="`answer`, or a conversation that ends with an assistant turn",
-            do="Add the answers; or set prompts.answers to mixed, so that the teacher is asked for those that are missing, or to teacher.",
-        )
     sequence = renderer.sequence(prompt, prompt.answer)
     answer_tokens = len(sequence.scored_rows)
     if len(sequence.ids) > prepared.context_tokens:

@@ -115,7 +115,7 @@ class Prepared:
         return min(lengths, default=1 << 30)
 
     def comes_with_answer(self, prompt: Prompt) -> bool:
-        """Whether this prompt's answer is given (or should be), so that the teacher is not asked for it."""
+        """Whether this prompt's answer is given, so that the teacher is not asked for it."""
         return _comes_with_answer(self.recipe, self.renderer, prompt)
 
     @property
@@ -183,6 +183,8 @@ def prepare(recipe: Recipe, *, out: Path | None = None, planned: Plan | None = N
     prompts, _ = inputs.prompts, inputs.pairs  # and the items before them: what is wrong with any of them is said before anything is spent
     if sources_of(recipe) != sources:  # a card came with what was fetched
         verdict = decided(recipe)
+    if recipe.prompts.answers == "given":
+        _require_given(prompts.prompts, renderer)
     if planned is not None:
         _require_same_prompts(planned, prompts)
     objective = objective_of(recipe.objective)
@@ -275,6 +277,17 @@ def _require_same_prompts(planned: Plan, prompts: LoadedPrompts) -> None:
             expected=f"{planned.prompts.count} with {planned.prompts.sha256}, the prompts that this run was planned with",
             why="the answers that are there already are answers to those",
             do="Put the prompts back as they were, or run in a new directory.",
+        )
+
+
+def _require_given(prompts: Sequence[Prompt], renderer: Renderer) -> None:
+    missing = [prompt for prompt in prompts if prompt.answer is None and not renderer.ends_with_answer(prompt)]
+    if missing:
+        raise DataError(
+            "prompts-invalid",
+            found=f"{len(missing)} prompts without an answer, the first of them {missing[0].content[:60]!r}, where prompts.answers is given",
+            expected="`answer`, or a conversation that ends with an assistant turn",
+            do="Add the answers; or set prompts.answers to mixed, so that the teacher is asked for those that are missing, or to teacher.",
         )
 
 

@@ -16,7 +16,8 @@ from stillroom.collect.store import Attempt
 from stillroom.collect.wire import Usage
 from stillroom.core.statistics import predicted_total
 from stillroom.data import Prompt
-from stillroom.runs.projection import Fate, Pilot, Whole, caps_needed, drawn, estimate, kept_pilot
+from stillroom.runs.projection import Fate, Whole, caps_needed, drawn, estimate, kept_pilot, suffices
+from stillroom.runs.summaries import Pilot
 
 PRICE = Price(as_of=date(2026, 11, 1), currency="USD", input=10**6, cached_input=5 * 10**5, output=4 * 10**6, reasoning=6 * 10**6, per_request=7)
 PROMPTS = [Prompt.of(f"question {number}") for number in range(60)]
@@ -127,9 +128,9 @@ def test_rows_cost_what_was_counted_of_every_attempt() -> None:
     assert found.answers_per_second == pytest.approx(2 / 5)  # from 0 to 3 and from 10 to 12 something was under way
     # All has been bought: no more is needed than is used.
     assert found.cap_tokens_needed == 550
-    assert found.suffices(Caps(tokens=550, money=first))
-    assert not found.suffices(Caps(tokens=549))
-    assert not found.suffices(Caps(money=first - 1))
+    assert suffices(found, Caps(tokens=550, money=first))
+    assert not suffices(found, Caps(tokens=549))
+    assert not suffices(found, Caps(money=first - 1))
 
 
 def test_the_caps_that_would_do_hold_what_is_used_what_is_to_come_and_the_worst_of_the_last_call() -> None:
@@ -137,7 +138,7 @@ def test_the_caps_that_would_do_hold_what_is_used_what_is_to_come_and_the_worst_
     found = estimate(rows, whole(used=Amount(1400, 0)), None, day="2026-11-29", asks="x")
     assert (found.money, found.cap_money_needed, found.price) == (None, None, None)
     assert found.cap_tokens_needed == 1400 + 8 * 100 + 500
-    assert not found.suffices(Caps(money=10**15))  # nobody knows what it costs
+    assert not suffices(found, Caps(money=10**15))  # nobody knows what it costs
     assert caps_needed(found) == "collection.max_tokens: 2700"
     held = estimate([Fate(attempts=[attempt(None, held=350)]) for _ in range(4)], whole(used=Amount(1400, 0)), None, day="", asks="")
     assert held.tokens.value == 0

@@ -13,10 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 from stillroom.collect.spend import Spend, in_units
-from stillroom.runs import Comparison, Piloted, Plan
+from stillroom.runs import Comparison, Plan
 from stillroom.runs.plan import CardFit, CollectionFacts, ModelFacts, RedactionFacts, Terms
-from stillroom.runs.projection import Pilot, caps_needed
+from stillroom.runs.projection import Piloted, caps_needed
 from stillroom.runs.report import Absent, Collection, Maybe, Number, Report
+from stillroom.runs.summaries import Pilot
 
 _MODELS = (("teacher", "teacher"), ("student", "student"), ("label_only", "label-only"), ("student_before", "student before"))
 _COSTS = (

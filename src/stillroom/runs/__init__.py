@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stillroom.core import optional
 from stillroom.runs.directory import Run
 from stillroom.runs.entitling import entitled
 from stillroom.runs.observer import Observer, Silent
 from stillroom.runs.plan import Plan
-from stillroom.runs.projection import Piloted
 from stillroom.runs.recipe import Recipe
 from stillroom.runs.summaries import Bought
 
-__all__ = ["Comparison", "Observer", "Piloted", "Plan", "Recipe", "Run", "collect_shard", "compare", "pilot", "plan", "run"]
+if TYPE_CHECKING:
+    from stillroom.runs.projection import Piloted  # loads numpy, which what is asked of terms alone does without
+
+__all__ = ["Comparison", "Observer", "Plan", "Recipe", "Run", "collect_shard", "compare", "pilot", "plan", "run"]
 
 
 @dataclass(frozen=True, slots=True)

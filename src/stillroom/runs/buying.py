@@ -41,8 +41,7 @@ from stillroom.runs.directory import Run
 from stillroom.runs.endpoints import EndpointTeacher, obtainable
 from stillroom.runs.observer import Observer
 from stillroom.runs.planning import Prepared, asking_of, kept_alternatives, pilot_of
-from stillroom.runs.projection import Expected
-from stillroom.runs.summaries import Bought, Rows
+from stillroom.runs.summaries import Bought, Expected, Rows
 from stillroom.targets.kinds import Targets, TopKTargets
 from stillroom.targets.rows import concatenate, slice_targets
 from stillroom.targets.store import StoredRecord

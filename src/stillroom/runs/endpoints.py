@@ -19,8 +19,9 @@ from stillroom.core.errors import DataError, ModelError
 from stillroom.core.identities import ModelRef, TokenIds
 from stillroom.data import Prompt
 from stillroom.runs.directory import REQUESTS
-from stillroom.runs.projection import Pilot, kept_pilot
+from stillroom.runs.projection import kept_pilot
 from stillroom.runs.recipe import Recipe
+from stillroom.runs.summaries import Pilot
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,8 +7,8 @@ from typing import Literal
 from pydantic import Field
 
 from stillroom.runs.documented import Documented
-from stillroom.runs.projection import Pilot
 from stillroom.runs.report import Decision
+from stillroom.runs.summaries import Pilot
 
 
 class ModelFacts(Documented):

@@ -58,9 +58,10 @@ from stillroom.runs.plan import (
     Signal,
     VocabularyFacts,
 )
-from stillroom.runs.projection import Pilot, caps_needed, drawn
+from stillroom.runs.projection import caps_needed, drawn, suffices
 from stillroom.runs.recipe import ObjectiveSection, Recipe
 from stillroom.runs.report import Decision
+from stillroom.runs.summaries import Pilot
 from stillroom.targets.vocabulary import Vocabulary, require_same
 
 # How many prompts are rendered to learn how long they are.
@@ -549,7 +550,7 @@ class _Planner:
         )
 
     def _warn_of_caps(self, teacher: EndpointTeacher, most: Amount, pilot: Pilot | None) -> None:
-        if pilot is not None and not pilot.suffices(teacher.caps):
+        if pilot is not None and not suffices(pilot, teacher.caps):
             self.warnings.append(
                 f"the cap may be reached before all is answered: by the pilot, {caps_needed(pilot)} would do; the run goes on when it is raised"
             )

@@ -19,67 +19,7 @@ from stillroom.collect.wire import Endpoint
 from stillroom.core.identities import Json
 from stillroom.core.statistics import Interval, predicted_total
 from stillroom.data import Prompt
-from stillroom.runs.documented import Documented
-
-
-class Expected(Documented):
-    """A number that was projected, with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-class Pilot(Documented):
-    """What a pilot's rows came to, and what follows from them for the whole collection: the prompts' answers and the evaluation items'."""
-
-    day: str
-    """On which it was last looked at."""
-    asks: str
-    """SHA-256 of what the run would ask: a pilot of anything else says nothing of it."""
-    rows: int
-    """Prompts that were drawn."""
-    prompts: int
-    """In all, the drawn ones with them."""
-    items: int
-    """Evaluation items, taken to cost what a prompt does."""
-    tokens: Expected
-    """What the endpoint is expected to count for the whole collection."""
-    money: Expected | None
-    """The same in money; None where the price is not known. What an endpoint does without counting it is in neither."""
-    currency: str | None
-    price: str | None
-    """SHA-256 of the price that the money was computed at."""
-    prices_as_of: str | None
-    cap_tokens_needed: int
-    """A cap in tokens that is enough at the upper end of the interval: for what the store holds already, and for what stays reserved, too."""
-    cap_money_needed: str | None
-    """The same in money, an exact decimal."""
-    prompt_tokens: float
-    """On average, of an answer; so with the next two."""
-    completion_tokens: float
-    reasoning_tokens: float
-    """Among the completion's."""
-    seconds_median: float | None
-    """Of one request that was answered; None where none was."""
-    seconds_longest: float | None
-    answers_per_second: float | None
-    """While there were requests under way."""
-    failed: dict[str, int]
-    """Rows that got no answer, by reason."""
-    left_out: dict[str, int]
-    """Rows whose answer nobody would learn from, by reason."""
-    demoted: dict[str, int]
-    """Answers whose log-probabilities did not pass verification, by reason."""
-    unknown: int
-    """Requests that may have been billed without our knowing: their worst case stays reserved."""
-
-    def suffices(self, caps: Caps) -> bool:
-        """Whether these caps hold what would be needed at the upper end."""
-        money = None if self.cap_money_needed is None else Decimal(self.cap_money_needed)
-        return (caps.tokens is None or self.cap_tokens_needed <= caps.tokens) and (
-            caps.money is None or (money is not None and money <= in_units(caps.money))
-        )
+from stillroom.runs.summaries import Expected, Pilot
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +42,7 @@ class Piloted:
     @property
     def suffices(self) -> bool:
         """Whether the caps hold what would be needed at the upper end."""
-        return self.pilot.suffices(self.spend.caps)
+        return suffices(self.pilot, self.spend.caps)
 
     def to_json(self) -> Json:
         """What the store remembers, and what this command did. Money is text: JSON's numbers are doubles."""
@@ -115,6 +55,14 @@ class Piloted:
             "this_command": done,
             "store": str(self.store),
         }
+
+
+def suffices(pilot: Pilot, caps: Caps) -> bool:
+    """Whether these caps hold what would be needed at the upper end."""
+    money = None if pilot.cap_money_needed is None else Decimal(pilot.cap_money_needed)
+    return (caps.tokens is None or pilot.cap_tokens_needed <= caps.tokens) and (
+        caps.money is None or (money is not None and money <= in_units(caps.money))
+    )
 
 
 def caps_needed(pilot: Pilot) -> str:

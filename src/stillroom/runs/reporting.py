@@ -22,7 +22,6 @@ from stillroom.runs.directory import Run
 from stillroom.runs.entitling import terms_of
 from stillroom.runs.gates import read_decision
 from stillroom.runs.plan import Plan, RedactionFacts
-from stillroom.runs.projection import Expected, Pilot
 from stillroom.runs.report import (
     Absent,
     AskedRows,
@@ -47,7 +46,7 @@ from stillroom.runs.report import (
     Sample,
     SplitHits,
 )
-from stillroom.runs.summaries import Bought, CurationSummary, Evaluation, HitItem, HitSplit, SiftedStep, Training, read
+from stillroom.runs.summaries import Bought, CurationSummary, Evaluation, Expected, HitItem, HitSplit, Pilot, SiftedStep, Training, read
 
 MODELS = ("teacher", "student", "student_before", "label_only")
 _SAMPLES = 60

@@ -10,9 +10,61 @@ from pydantic import BaseModel, Field, ValidationError
 from stillroom.core import durable
 from stillroom.core.errors import RunError
 from stillroom.runs.documented import Documented
-from stillroom.runs.projection import Expected, Pilot
 
 M = TypeVar("M", bound=BaseModel)
+
+
+class Expected(Documented):
+    """A number that was projected, with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Pilot(Documented):
+    """What a pilot's rows came to, and what follows from them for the whole collection: the prompts' answers and the evaluation items'."""
+
+    day: str
+    """On which it was last looked at."""
+    asks: str
+    """SHA-256 of what the run would ask: a pilot of anything else says nothing of it."""
+    rows: int
+    """Prompts that were drawn."""
+    prompts: int
+    """In all, the drawn ones with them."""
+    items: int
+    """Evaluation items, taken to cost what a prompt does."""
+    tokens: Expected
+    """What the endpoint is expected to count for the whole collection."""
+    money: Expected | None
+    """The same in money; None where the price is not known. What an endpoint does without counting it is in neither."""
+    currency: str | None
+    price: str | None
+    """SHA-256 of the price that the money was computed at."""
+    prices_as_of: str | None
+    cap_tokens_needed: int
+    """A cap in tokens that is enough at the upper end of the interval: for what the store holds already, and for what stays reserved, too."""
+    cap_money_needed: str | None
+    """The same in money, an exact decimal."""
+    prompt_tokens: float
+    """On average, of an answer; so with the next two."""
+    completion_tokens: float
+    reasoning_tokens: float
+    """Among the completion's."""
+    seconds_median: float | None
+    """Of one request that was answered; None where none was."""
+    seconds_longest: float | None
+    answers_per_second: float | None
+    """While there were requests under way."""
+    failed: dict[str, int]
+    """Rows that got no answer, by reason."""
+    left_out: dict[str, int]
+    """Rows whose answer nobody would learn from, by reason."""
+    demoted: dict[str, int]
+    """Answers whose log-probabilities did not pass verification, by reason."""
+    unknown: int
+    """Requests that may have been billed without our knowing: their worst case stays reserved."""
 
 
 class Halving(Documented):

@@ -95,7 +95,7 @@ def workload(teacher: Outline, student: Outline, *, live: bool) -> Workload:
         prompt_tokens=(PROMPT,) * 16,
         answer_tokens=(ANSWER,) * 16,
         max_new_tokens=ANSWER,
-        written=True,
+        written=10_000,
         sampling_temperature=1.0,
         teacher_at_once=64,
         target_kind="hidden" if live else "drawn",

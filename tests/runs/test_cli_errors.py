@@ -184,6 +184,9 @@ def test_prompts_that_are_none(case: Case) -> None:
 
 def test_answers_that_are_asked_for_and_not_given(case: Case) -> None:
     case.tree["prompts"]["answers"] = "given"
+    case.recipe.write_text(yaml.safe_dump(case.tree), encoding="utf-8")
+    found, text = case.stillroom("plan", str(case.recipe))
+    assert_error(found, text, "prompts-invalid", says=("prompts without an answer", "prompts.answers"))
     case.refused("prompts-invalid", says=("prompts.answers",))
 
 

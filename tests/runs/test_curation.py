@@ -22,6 +22,7 @@ from stillroom.runs import Recipe, compare, plan, run
 from stillroom.runs.directory import Run
 from tiny_run import tiny_recipe, write_rows
 
+_Stillroom = Callable[..., tuple[int, str, str]]
 KEY = "sk-planted-0123456789abcdef"
 ANSWERS = {
     "Capital of Peru?": "Lima.",
@@ -197,6 +198,7 @@ def test_rules_that_changed_under_a_run_are_noticed(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         run(recipe, out=tmp_path / "run", until="collected")
     assert caught.value.code == "curation-changed"
+    assert not (tmp_path / "run" / "collect.jsonl").exists()  # before anything is asked or paid for
     checks.write_text("def check(prompt, answer):\n    return True\n")
     assert run(recipe, out=tmp_path / "run", until="collected").state == "collected"
 
@@ -313,6 +315,22 @@ def test_an_item_whose_answer_nobody_can_know_is_warned_of_and_so_are_prompts_th
     assert any("1 of 4 prompts" in warning for warning in warnings)
 
 
+def test_of_prompts_that_come_with_their_answers_none_is_asked_in_vain(tmp_path: Path, stillroom: _Stillroom) -> None:
+    tree = asked_recipe(tmp_path / "in", "http://127.0.0.1:1/v1", ["x"], ITEMS).model_dump(mode="json")
+    tree["prompts"] = {"path": str(tmp_path / "in" / "some.jsonl"), "answers": "mixed"}
+    asked: list[dict[str, Any]] = [{"prompt": "Capital of Spain?"}, {"prompt": "Capital of Chile?"}]
+    given = [{"prompt": "Capital of Bolivia?", "answer": "Sucre."}]
+    write_rows(tmp_path / "in" / "some.jsonl", asked + given)
+    found = plan(Recipe.from_tree(tree))
+    assert any("1 of 2 prompts" in warning for warning in found.warnings)
+    write_rows(tmp_path / "in" / "some.jsonl", given)
+    (tmp_path / "recipe.yaml").write_text(json.dumps(tree))
+    code, out, _ = stillroom("plan", tmp_path / "recipe.yaml")
+    assert code == 0
+    assert "0 prompts and 2 evaluation items" in " ".join(out.split())
+    assert "stillroom pilot" not in out  # which would refuse: there is nothing to buy of prompts
+
+
 def test_restored_text_has_no_log_probabilities(tmp_path: Path) -> None:
     tree = asked_recipe(tmp_path, "http://127.0.0.1:1/v1", LETTERS, LETTER_ITEMS).model_dump(mode="json")
     tree["teacher"]["tokenizer"] = tree["student"]["model"]
@@ -333,7 +351,15 @@ def test_given_answers_are_redacted_too(tmp_path: Path) -> None:
     assert collected_answers(done) == ["<EMAIL_1>", "<EMAIL_2>", "<EMAIL_3>", "That of <EMAIL_1>."]
 
 
-_Stillroom = Callable[..., tuple[int, str, str]]
+def test_a_conversation_that_holds_its_answer_does_not_repeat_itself(tmp_path: Path) -> None:
+    """Of two given answers one says its question again; both are turns of their conversations."""
+    question = "What is the capital of Peru, and since when?"
+    said = ["It has been the city of Lima since 1535.", f"{question} It is Lima."]
+    rows = [{"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]} for answer in said]
+    tree = asked_recipe(tmp_path / "in", "http://127.0.0.1:1/v1", ["x"], ITEMS, curation={"steps": ["prompt_echo"]}).model_dump(mode="json")
+    tree["prompts"] = {"path": str(write_rows(tmp_path / "in" / "given.jsonl", rows)), "answers": "mixed"}
+    done = run(Recipe.from_tree(tree), out=tmp_path / "run", until="collected")
+    assert [line["answer"] for line in lines(done.left_out_path)] == said[1:]
 
 
 def test_the_plan_page_says_which_steps_will_run_and_what_is_replaced(tmp_path: Path, stillroom: _Stillroom) -> None:

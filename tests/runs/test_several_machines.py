@@ -142,6 +142,23 @@ def test_a_shard_that_is_none(shard: str, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_a_shard_is_not_bought_where_a_call_is_to_be_explained(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("{}")
+    told = CliRunner().invoke(app, ["collect", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "run"), "--shard", "1/2", "--explain", "ab"])
+    assert told.exit_code == 2
+    assert "does not go with --shard" in told.output
+
+
+def test_of_processes_that_were_started_together_one_buys(
+    tmp_path: Path, stillroom: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    (tmp_path / "recipe.yaml").write_text("{}")
+    for what in (("--shard", "1/2"), ("--explain", "ab")):
+        assert stillroom("collect", tmp_path / "recipe.yaml", "--out", tmp_path / "run", *what) == (0, "", "")
+
+
 def test_nothing_is_divided_that_is_not_asked_of_an_endpoint(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="nothing is asked of an endpoint"):
         collect_shard(Recipe.from_tree(tiny_recipe(tmp_path)), out=tmp_path / "run", index=0, count=2)

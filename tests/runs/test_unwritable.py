@@ -13,7 +13,10 @@ import pytest
 
 from endpoint_runs import KEY, fake_recipe, settings
 from helpers import save_tiny
+from stillroom import demo
 from stillroom.collect.store import RequestStore
+from stillroom.core.errors import RequestStoreError
+from stillroom.runs import Recipe, plan
 from stillroom.testing.fake_endpoint import fake_endpoint
 
 Command = Callable[..., tuple[int, str, str]]
@@ -78,6 +81,8 @@ def assert_refused(done: tuple[int, str, str], codes: tuple[str, ...] = ("path-u
 def test_a_place_where_no_file_can_be(where: str, tmp_path: Path, student: Path, stillroom: Command) -> None:
     place = places(tmp_path)[where]
     (tmp_path / "pairs.jsonl").write_text(PAIR)
+    with RequestStore.open(tmp_path / "one.sqlite"):
+        pass
     before = tree(tmp_path)
     pairs, good = tmp_path / "pairs.jsonl", tmp_path / "good.jsonl"
     # The system's own directories say that they have no room.
@@ -90,6 +95,8 @@ def test_a_place_where_no_file_can_be(where: str, tmp_path: Path, student: Path,
         assert_refused(stillroom("probe", server.base_url, *options), ("path-unwritable", "request-store-other"))
         assert server.bill.received == 0
     assert_refused(stillroom("requests", place), ("request-store-other",))
+    assert_refused(stillroom("merge", tmp_path / "one.sqlite", "--into", place), ("path-unwritable", "request-store-other"))
+    assert_refused(stillroom("merge", place, "--into", tmp_path / "new.sqlite"), ("request-store-other",))
     assert tree(tmp_path) == before
 
 
@@ -141,6 +148,20 @@ def test_a_directory_that_may_not_be_written(
     assert tree(tmp_path) == before
 
 
+def test_a_plan_reads_what_is_there_and_no_more(tmp_path: Path) -> None:
+    """Where no store can be there is no pilot; what is no store is said to be none."""
+    recipe = fake_recipe(tmp_path / "in", "http://127.0.0.1:9/v1")
+    found = places(tmp_path)
+    for place in (found["below a file"], found["too long"]):
+        facts = plan(recipe, out=place).collection
+        assert facts is not None
+        assert facts.no_pilot == "none was made"
+    tree = recipe.model_dump(mode="json", exclude_none=True)
+    tree["collection"]["store"] = str(found["a directory"])
+    with pytest.raises(RequestStoreError, match="is a directory"):
+        plan(Recipe.from_tree(tree))
+
+
 @pytest.mark.parametrize("where", ["below a file", "of the system", "a file"])
 def test_a_run_where_no_directory_can_be(where: str, tmp_path: Path, stillroom: Command) -> None:
     place = places(tmp_path).get(where, tmp_path / "a file")
@@ -151,7 +172,7 @@ def test_a_run_where_no_directory_can_be(where: str, tmp_path: Path, stillroom: 
         for command in ("run", "collect", "train", "report"):
             assert_refused(stillroom(command, tmp_path / "recipe.yaml", "--out", place), ("run-not-a-run",))
         assert server.bill.received == 0
-    assert_refused(stillroom("demo", "--out", place), ("path-unwritable",))
+    assert_refused(stillroom("demo", "--out", place), ("path-unwritable", "run-not-a-run"))
     assert tree(tmp_path) == before
 
 
@@ -194,3 +215,12 @@ def test_a_limit_on_the_size_of_files_leaves_nothing_half_written(tmp_path: Path
         assert server.bill.received == 0
         assert (tmp_path / "kept.jsonl").read_text() == "of an earlier import"
         assert stillroom(*probe)[0] == 0, "the store goes on where there is room again"
+
+
+def test_a_demo_does_not_write_over_the_inputs_of_another(tmp_path: Path, stillroom: Command) -> None:
+    out = tmp_path / "demo"
+    recipe = demo.prepare(out, seed=0)
+    (out / "recipe.json").write_text(recipe.model_dump_json())
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert_refused(stillroom("demo", "--out", out, "--seed", 1), ("run-other-recipe",))
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before

@@ -136,6 +136,18 @@ def test_retry_after_is_waited_for_and_an_endpoint_that_only_refuses_is_asked_ev
     assert asked < 25
 
 
+def test_an_endpoint_may_refuse_without_end() -> None:
+    time = Time()
+    controller = RateController(time)
+    for _ in range(2000):
+        while isinstance(ticket := controller.start(10), float):
+            time.now += ticket
+        time.now += 0.05
+        controller.finish(ticket, "refused", retry_after_seconds=1)
+    assert controller.refusals == 2000
+    assert controller.concurrency == 1
+
+
 def test_a_limit_of_a_day_is_not_taken_for_one_of_a_minute() -> None:
     time = Time()
     controller = RateController(time)

@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from stillroom.collect import database
+from stillroom.collect.machines import merge_stores
 from stillroom.collect.spend import Amount, Caps, Price, cost, worst_case
 from stillroom.collect.store import Requested, RequestStore, Reservation, Row, shard
 from stillroom.collect.wire import Answer, Call, Endpoint, Failure, FailureReason, Usage
@@ -950,6 +951,28 @@ def test_shards_merge_into_the_whole_and_once(tmp_path: Path) -> None:
         run(buy(whole, whole.pending(1)[0]))
     with RequestStore.open(tmp_path / "whole") as whole:
         assert whole.spend().settled.tokens == 298 * 8
+
+
+def test_what_is_known_of_an_endpoint_comes_along_and_ids_of_two_tokenizers_are_not_mixed(tmp_path: Path) -> None:
+    def knows(fingerprint: str) -> Callable[[RequestStore], None]:
+        def remember(opened: RequestStore) -> None:
+            opened.remember("tokenizer", ENDPOINT, {"fingerprint": fingerprint})
+            opened.remember("pilot", ENDPOINT, {"rows": 1})
+            opened.remember("rates", ENDPOINT, {"concurrency": 3})
+
+        return remember
+
+    parts = [filled(tmp_path / name, shard(rows(20), index, 2), decide=knows(name)) for index, name in enumerate("ab")]
+    with pytest.raises(RequestStoreError, match=r"different tokens[\s\S]*fingerprint is a[\s\S]*fingerprint is b[\s\S]*nothing was changed"):
+        merge_stores(parts, tmp_path / "whole")
+    assert not (tmp_path / "whole").exists()
+    merge_stores(parts[:1], tmp_path / "whole")
+    with RequestStore.open(tmp_path / "whole") as whole:
+        assert whole.recall("tokenizer", ENDPOINT) == {"fingerprint": "a"}
+        assert whole.recall("pilot", ENDPOINT) == {"rows": 1}
+        assert whole.recall("rates", ENDPOINT) is None
+    with pytest.raises(RequestStoreError, match="different tokens"):
+        merge_stores(parts[1:], tmp_path / "whole")
 
 
 def test_conflicts_of_a_merge_are_told_and_change_nothing(tmp_path: Path) -> None:

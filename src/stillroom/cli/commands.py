@@ -36,6 +36,7 @@ def demo(out: Path, seed: int, api: bool, port: int | None) -> None:
 
 
 def _demo(out: Path, seed: int, screen: view.Screen) -> Run:
+    Run.begin(bundled.recipe(out.resolve() / "inputs", seed), out)  # before anything of another run is touched
     with durable.unwritable_reported(out, "--out"):
         recipe = bundled.prepare(out, seed)
     return runs.run(recipe, out=out, observer=screen)
@@ -80,7 +81,8 @@ def _default_out(recipe: Recipe) -> Path:
 def stage(recipe: Path, out: Path | None, until: str, needs: str | None = None) -> Run:
     """Takes a run up to a state."""
     found = Recipe.from_yaml(recipe)
-    return runs.run(found, out=out or _default_out(found), until=until, needs=needs, observer=view.Screen(errors()))
+    with view.Screen(errors()) as screen:
+        return runs.run(found, out=out or _default_out(found), until=until, needs=needs, observer=screen)
 
 
 def collect_shard(recipe: Path, out: Path, shard: str) -> None:
@@ -89,7 +91,8 @@ def collect_shard(recipe: Path, out: Path, shard: str) -> None:
     if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
         raise typer.BadParameter(f"{shard!r} is not I/N with 1 <= I <= N, such as 2/4", param_hint="--shard")
     found = Recipe.from_yaml(recipe)
-    runs.collect_shard(found, out=out, index=int(index) - 1, count=int(count), observer=view.Screen(errors()))
+    with view.Screen(errors()) as screen:
+        runs.collect_shard(found, out=out, index=int(index) - 1, count=int(count), observer=screen)
 
 
 def finish(run: Run) -> None:

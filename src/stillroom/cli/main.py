@@ -120,7 +120,11 @@ def collect(
     ] = None,
 ) -> None:
     """Ask the teacher: answers and targets for every prompt."""
+    if (explain or shard) is not None and launched().rank > 0:
+        return  # one process buys, and one tells
     if explain is not None:
+        if shard is not None:
+            raise typer.BadParameter("does not go with --shard", param_hint="--explain")
         probing.explain(recipe, out, explain)
     elif shard is None:
         commands.stage(recipe, out, "collected")

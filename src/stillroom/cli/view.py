@@ -150,9 +150,9 @@ def _asked(facts: CollectionFacts) -> str:
     """What will be asked and what it can cost, what a pilot expects, and the caps."""
     money = "" if facts.most_money is None else f" ({_money(float(facts.most_money))} {facts.currency})"
     lines = [f"{facts.prompts:,} prompts and {facts.items:,} evaluation items: at the very most {facts.most_tokens:,} tokens{money}"]
-    if facts.pilot is None:
+    if facts.pilot is None and facts.prompts:
         lines.append(f"what it will cost is not known ({facts.no_pilot}): stillroom pilot RECIPE")
-    else:
+    elif facts.pilot is not None:
         lines.append(f"expected {_expected(facts.pilot)}, by the pilot of {facts.pilot.day} with {facts.pilot.rows:,} prompts")
     caps = [] if facts.cap_tokens is None else [f"{facts.cap_tokens:,} tokens"]
     caps += [] if facts.cap_money is None else [f"{facts.cap_money} {facts.currency}"]

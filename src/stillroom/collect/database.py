@@ -179,6 +179,8 @@ def _require_sqlite(path: Path) -> None:
     try:
         with path.open("rb") as file:
             begin = file.read(len(_MAGIC))
+    except IsADirectoryError:
+        raise _other(path, "is a directory") from None
     except OSError:
         return  # there is none, or SQLite says what is wrong with it
     if begin not in (b"", _MAGIC):

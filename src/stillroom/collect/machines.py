@@ -7,6 +7,7 @@ store names is always there; broken off and given again it goes on, and what was
 from __future__ import annotations
 
 import filecmp
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,15 +27,17 @@ def logprobs_directory(store: Path) -> Path:
 def merge_stores(sources: Sequence[Path], into: Path) -> Merged:
     """Takes what is in `sources`, and the shards beside them, into the store `into`, which is made where there is none.
 
-    Raises RequestStoreError 'request-stores-differ', before anything is changed, where the stores are of different endpoints, a shard is not there, or
-    two different shards have one name; and as RequestStore.open does. Answers that differ are told in `Merged.conflicts`, and `into` keeps its own.
+    Raises RequestStoreError 'request-stores-differ', before anything is changed, where the stores are of different endpoints or tokenizers, a shard is not
+    there, or two different shards have one name; ResourceError 'path-unwritable' and 'disk-full'; and as RequestStore.open does. Answers that differ are
+    told in `Merged.conflicts`, and `into` keeps its own.
     """
     copies = _copies(sources, into)
-    into.parent.mkdir(parents=True, exist_ok=True)
-    for source, target in copies:
-        target.parent.mkdir(exist_ok=True)
-        with durable.whole_file(target) as place:
-            shutil.copyfile(source, place)
+    with durable.unwritable_reported(into, "--into"):
+        into.parent.mkdir(parents=True, exist_ok=True)
+        for source, target in copies:
+            target.parent.mkdir(exist_ok=True)
+            with durable.whole_file(target) as place:
+                shutil.copyfile(source, place)
     with RequestStore.open(into) as store:
         return store.merge(sources)
 
@@ -43,21 +46,32 @@ def _copies(sources: Sequence[Path], into: Path) -> list[tuple[Path, Path]]:
     """The shards that are to be copied, and where to."""
     asked: dict[str, tuple[Path, Endpoint]] = {}
     copies: dict[Path, Path] = {}
+    tokenizers: dict[str, Path] = {}
     for path in sources:
         if path.resolve() == into.resolve():
             raise _differ(f"{path} is among the stores to be merged, and what they are merged into", do="Give another file after --into.")
-        if not path.is_file():
+        if not os.path.isfile(path):  # of a path that no file can have, too
             raise RequestStoreError("request-store-other", found=f"no file {path}", expected="a request store", do="Name the .sqlite files.")
-    for path in (*sources, *([into] if into.is_file() else [])):
+    for path in (*sources, *([into] if os.path.isfile(into) else [])):
         with RequestStore.open(path) as store:
             endpoints, shards = store.asked(), store.shards()
-        for endpoint in endpoints:
+            known = [store.recall("tokenizer", endpoint) for endpoint in endpoints]
+        for endpoint, tokenizer in zip(endpoints, known, strict=True):
             asked.setdefault(str(sorted(endpoint.identity.items())), (path, endpoint))
+            if tokenizer is not None:
+                tokenizers.setdefault(str(tokenizer["fingerprint"]), path)
         for name in shards if path in sources else ():
             _add_copy(copies, path, logprobs_directory(path) / name, logprobs_directory(into) / name)
     if len(asked) > 1:
         told = "; ".join(f"{path} of {endpoint.model!r} at {endpoint.base_url}, {endpoint.route} route" for path, endpoint in asked.values())
         raise _differ(told, expected="stores of one endpoint", do="Merge only what one run collected; --into a new file, if that is what differs.")
+    if len(tokenizers) > 1:
+        told = "; ".join(f"{path}, read with a tokenizer whose fingerprint is {fingerprint}" for fingerprint, path in tokenizers.items())
+        raise _differ(
+            f"log-probabilities whose ids mean different tokens: {told}",
+            expected="one tokenizer",
+            do="Collect with the same teacher.tokenizer on every machine.",
+        )
     return [(source, target) for target, source in copies.items() if not target.exists()]
 
 

@@ -61,9 +61,11 @@ def prices(read: Read, db: sqlite3.Connection) -> Merged:
     return Merged()
 
 
-def probes(read: Read, db: sqlite3.Connection) -> None:
-    """What probes found, of endpoints of which this store has nothing of the kind."""
-    db.executemany("INSERT OR IGNORE INTO facts VALUES ('probe', ?, ?)", read("SELECT subject, value FROM facts WHERE kind = 'probe'"))
+def facts(read: Read, db: sqlite3.Connection) -> None:
+    """What a probe and a pilot found and which tokenizer ids are of, where this store has nothing of the kind of that endpoint. Rates are a machine's own."""
+    db.executemany(
+        "INSERT OR IGNORE INTO facts VALUES (?, ?, ?)", read("SELECT kind, subject, value FROM facts WHERE kind IN ('probe', 'pilot', 'tokenizer')")
+    )
 
 
 def calls(read: Read, db: sqlite3.Connection) -> Merged:

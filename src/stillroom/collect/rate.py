@@ -39,6 +39,7 @@ FIRST_CONCURRENCY = 4
 _SHORTEST_SECONDS, _FEWEST = 0.3, 5  # of time and of calls, over which the rate that is let in can be counted
 _MANY = 8  # calls in flight, of which there are never many fewer or more than the rate makes them: then a refusal shows how many there may be
 _CUSHION_SECONDS = 0.15  # of its rate, that an endpoint is let save up after a refusal: what it allows is then not at its edge
+_SOON = 16  # doublings of a decrease: after far fewer it is LARGEST_DECREASE, and an endpoint may refuse without end
 _LARGEST_WAIT_SECONDS = 3600.0
 _LARGEST_RATE = 1e9
 FIRST_PAUSE_SECONDS = 0.1  # after a refusal that says nothing of when to come again; doubled for each that follows without an answer between
@@ -102,7 +103,7 @@ class _Learnt:
 
     def lowered(self, return_seconds: float) -> float:
         """What a refusal leaves of it."""
-        self._soon = self._soon + 1 if self.held_seconds < return_seconds / 2 else 0
+        self._soon = min(self._soon + 1, _SOON) if self.held_seconds < return_seconds / 2 else 0
         self.held_seconds = 0.0
         return max(1 - (1 - SLIGHT_DECREASE) * 2.0**self._soon, LARGEST_DECREASE)
 

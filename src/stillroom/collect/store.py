@@ -782,7 +782,7 @@ class RequestStore:
 
         Where both have an answer to a call and they differ, or both decided about a row and not the same, this store's stays and the conflict is told
         (and kept). Shards of log-probabilities are files beside a store, which whoever merges copies: `Merged.shards` names them. The spend is the
-        sum, the caps are this store's; what a probe found is taken where this store has nothing of the kind.
+        sum, the caps are this store's; what a probe and a pilot found, and which tokenizer ids are of, is taken where this store has nothing of the kind.
         """
         merged = Merged()
         for source in sources:
@@ -814,7 +814,7 @@ class RequestStore:
                 except (zlib.error, json.JSONDecodeError) as error:
                     raise _corrupt(other.path, f"or {self.path}: an answer cannot be read: {error}") from error
                 last = taken[-1][0]
-        self._run(partial(merging.probes, other._rows_of))
+        self._run(partial(merging.facts, other._rows_of))
         self._run(self._recount)
         return merged
 

@@ -96,7 +96,13 @@ def _forms_of(key: str) -> tuple[tuple[str, bytes], ...]:
     """How a key may be written, as text and as bytes, the longest first."""
     in_json = json.dumps(key)[1:-1]
     found = {key, in_json, in_json.replace("/", "\\/"), quote(key, safe=""), quote(key), quote_plus(key), *_in_base64(key.encode())}
+    found |= {_escaped(key, signs, digits) for signs in ("<>&", "<>&+'\"`", key) for digits in ("04x", "04X")}
     return tuple((form, form.encode()) for form in sorted(found, key=len, reverse=True))
+
+
+def _escaped(key: str, signs: str, digits: str) -> str:
+    """As encoders of JSON write it that escape these signs by their numbers: Go's and .NET's escape some that HTML or URLs know, others all."""
+    return "".join(f"\\u{ord(sign):{digits}}" if sign in signs else json.dumps(sign)[1:-1] for sign in key)
 
 
 def _in_base64(data: bytes) -> Iterator[str]:

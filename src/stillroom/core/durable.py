@@ -243,7 +243,7 @@ def settle_directory(final: Path) -> None:
 def free_bytes(path: Path) -> int:
     """Bytes that this user can still write to the disk that `path` is on, or would be on."""
     there = path.absolute()
-    while not there.exists():
+    while not os.path.exists(there):
         there = there.parent
     return shutil.disk_usage(there).free
 

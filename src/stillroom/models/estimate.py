@@ -90,7 +90,8 @@ class Workload:
     `packing` names the models whose sequences are laid end to end; `recomputed` says that the student's layers are computed again for their gradient.
     `row_bytes` is what a store keeps of a scored row; `mapped_bytes` the size of the teacher's files where they are not in the dtype it runs in.
     `parts`: into how many the student is cut, each with a process and a device of its own; times are then those of one process. `teacher` is None where
-    its weights are not here: it takes no time and no memory, and how long collecting takes is not known.
+    its weights are not here: it takes no time and no memory, and how long collecting takes is not known. `written` is how many of the prompts the
+    teacher answers; the other answers are given.
     """
 
     teacher: Outline | None
@@ -109,7 +110,7 @@ class Workload:
     prompt_tokens: tuple[int, ...]
     answer_tokens: tuple[int, ...]
     max_new_tokens: int
-    written: bool
+    written: int
     sampling_temperature: float
     teacher_at_once: int
     target_kind: str
@@ -340,7 +341,7 @@ class _Seconds:
 
     def collect(self) -> float:
         work, teacher = self.work, self.found.teacher
-        written = self._answers(teacher, work.prompts, min(_PART, work.prompts), work.prompt_tokens) if work.written else 0.0
+        written = self._answers(teacher, work.written, min(_PART, work.written), work.prompt_tokens) if work.written else 0.0
         scored = 0.0 if work.live or work.target_kind == "text" else self._targets(work.prompts)
         return written + scored + self.found.python * (work.prompts * _COLLECTED_SECONDS + _LOADING_SECONDS)
 

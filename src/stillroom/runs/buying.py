@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypedDict
 
 import numpy
 
@@ -41,7 +40,7 @@ from stillroom.runs.collecting import Answered, given_answer
 from stillroom.runs.directory import Run
 from stillroom.runs.endpoints import EndpointTeacher, obtainable
 from stillroom.runs.observer import Observer
-from stillroom.runs.planning import Prepared, asking_of, pilot_of
+from stillroom.runs.planning import Prepared, asking_of, kept_alternatives, pilot_of
 from stillroom.runs.summaries import Bought, Expected, Rows
 from stillroom.targets.kinds import Targets, TopKTargets
 from stillroom.targets.rows import concatenate, slice_targets
@@ -83,24 +82,17 @@ class Purchases:
                 _require_same_tokenizer(store, teacher, prepared.teacher_vocabulary)
             yield cls(prepared, teacher, store, observer, stop)
 
-    def buy(self, purpose: str, prompts: Sequence[Prompt], *, temperature: float, top_logprobs: int | None = None) -> list[str]:
-        """The names of the rows that have these prompts' answers, each of which has ended: answered, or failed for good.
-
-        Raises Interrupted, SpendCapReached, CollectError as the collector does: what was bought is kept, and the same call goes on.
-        """
-        return self._buy(self.rows(purpose, prompts, temperature=temperature, top_logprobs=top_logprobs))
-
     def rows(self, purpose: str, prompts: Sequence[Prompt], *, temperature: float, top_logprobs: int | None = None) -> list[Row]:
-        """What `buy` buys."""
+        """The rows that have these prompts' answers."""
         sent = [self.prepared.inputs.sent(prompt) for prompt in prompts]
         calls = [self._asking.call(prompt, temperature=temperature, top_logprobs=top_logprobs) for prompt in sent]
         return [Row(row=_name(purpose, prompt, call), prompt=prompt.id, call=call) for prompt, call in zip(sent, calls, strict=True)]
 
-    def buy_shard(self, rows: Sequence[Row], index: int, count: int) -> int:
-        """Buys what one of `count` machines is to buy (`index` from 0); returns how many rows those are. Raises as `buy` does."""
-        return len(self._buy(list(rows_of_shard(rows, index, count))))
+    def buy(self, rows: Sequence[Row]) -> list[str]:
+        """The names of the rows, each of which has ended: answered, or failed for good.
 
-    def _buy(self, rows: Sequence[Row]) -> list[str]:
+        Raises Interrupted, SpendCapReached, CollectError as the collector does: what was bought is kept, and the same call goes on.
+        """
         names = [row.row for row in rows]
         self.store.request(rows)
         began = time.monotonic()
@@ -121,7 +113,7 @@ class Purchases:
 
     def texts(self, purpose: str, prompts: Sequence[Prompt]) -> list[str | None]:
         """Greedy answers, which are accepted as they are, with what redaction puts back; None where the endpoint gave none."""
-        names = self.buy(purpose, prompts, temperature=0.0)
+        names = self.buy(self.rows(purpose, prompts, temperature=0.0))
         self.store.accept(name for name in names if self.row(name).state == "answered")
         answers = [self.store.answer(self.row(name).key) for name in names]
         back = self.prepared.inputs.back
@@ -302,13 +294,6 @@ def reader_of(prepared: Prepared) -> Reader:
 # -- answers as records ------------------------------------------------------------------------------------------------------------
 
 
-class _How(TypedDict):
-    """How a collection asks: as many alternatives as are kept."""
-
-    temperature: float
-    top_logprobs: int | None
-
-
 @dataclass
 class BoughtAnswers:
     """Answers to prompts, and their targets, from a store: `collecting.Answering` for a teacher behind an endpoint."""
@@ -330,22 +315,22 @@ class BoughtAnswers:
         asked = self._asked(prompts)
         if not asked:
             return
-        names = self.purchases.buy(COLLECT, asked, **self._how)
+        names = self.purchases.buy(self.rows(asked))
         self._names = {prompt.id: name for prompt, name in zip(asked, names, strict=True)}
         self._share = self.purchases.seconds / max(1, missing)
 
     def buy_shard(self, prompts: Sequence[Prompt], index: int, count: int) -> int:
         """Buys the answers that one of several machines is to buy; returns how many prompts are its."""
-        return self.purchases.buy_shard(self.purchases.rows(COLLECT, self._asked(prompts), **self._how), index, count)
+        return len(self.purchases.buy(list(rows_of_shard(self.rows(self._asked(prompts)), index, count))))
+
+    def rows(self, prompts: Sequence[Prompt]) -> list[Row]:
+        """The rows of the collection that have these prompts' answers."""
+        signal, temperature = self.prepared.plan.signal, self.prepared.recipe.generation.sampling_temperature
+        return self.purchases.rows(COLLECT, prompts, temperature=temperature, top_logprobs=kept_alternatives(signal))
 
     def _asked(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         asked = [prompt for prompt in prompts if not self.prepared.comes_with_answer(prompt)]
         return [prompt for prompt in asked if self._fits(self.prepared.renderer.prompt_ids(prompt))]
-
-    @property
-    def _how(self) -> _How:
-        signal = self.prepared.plan.signal
-        return {"temperature": self.prepared.recipe.generation.sampling_temperature, "top_logprobs": signal.k if self._top_k else None}
 
     def row(self, prompt: Prompt) -> StoredRow | None:
         """What became of a prompt's row; None where it was too long to be asked."""
@@ -464,11 +449,6 @@ class BoughtAnswers:
         self.purchases.store.accept(name for name, reason in rows if reason is None)
         self.purchases.store.reject((name, reason) for name, reason in rows if reason is not None)
         self.purchases.write_summary(self.run)
-
-
-def asked_logprobs(prepared: Prepared) -> int | None:
-    """How many alternatives to ask for: those that are kept."""
-    return prepared.plan.signal.k if prepared.plan.signal.kind == "top_k" else None
 
 
 def _certain(end: int, beside: TopKTargets) -> TopKTargets:

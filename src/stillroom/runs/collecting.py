@@ -15,7 +15,6 @@ from hashlib import sha256
 from typing import Any, Protocol, assert_never
 
 from stillroom.core import durable
-from stillroom.core.errors import DataError
 from stillroom.core.identities import Sampling, TokenIds, TokenSequence
 from stillroom.core.interrupts import StopRequest
 from stillroom.core.seeds import derive_seed
@@ -50,8 +49,8 @@ class Answered:
     """A prompt and what came of it; no sequence where it was too long to ask, or, with `left_out`, where there is no answer to learn from.
 
     `given` is an answer that came with the prompt. `targets` are those of the sequence's rows where they came with the answer. `counted` are the tokens of
-    prompt, answer and reasoning as an endpoint counts them, `response` what it said of itself, `finish_reason` and `reasoning` what it said of the answer. `placeholders_unknown` is how many
-    placeholders stand in the answer and not in its prompt.
+    prompt, answer and reasoning as an endpoint counts them, `response` what it said of itself, `finish_reason` and `reasoning` what it said of the answer.
+    `placeholders_unknown` is how many placeholders stand in the answer and not in its prompt.
     """
 
     prompt: Prompt
@@ -237,15 +236,8 @@ class LocalAnswers:
 
 
 def given_answer(prepared: Prepared, prompt: Prompt) -> Answered:
-    """The answer that comes with a prompt. Raises DataError 'prompts-invalid' where there is none."""
+    """The answer that comes with a prompt: the plan was refused otherwise."""
     renderer = prepared.renderer
-    if prompt.answer is None and not renderer.ends_with_answer(prompt):
-        raise DataError(
-            "prompts-invalid",
-            found=f"a prompt without an answer ({prompt.content[:60]!r}), where prompts.answers is given",
-            expected="`answer`, or a conversation that ends with an assistant turn",
-            do="Add the answers; or set prompts.answers to mixed, so that the teacher is asked for those that are missing, or to teacher.",
-        )
     sequence = renderer.sequence(prompt, prompt.answer)
     answer_tokens = len(sequence.scored_rows)
     if len(sequence.ids) > prepared.context_tokens:
@@ -276,8 +268,10 @@ class Collector:
         self._circumstances = self._all_circumstances()
 
     def collect(self) -> TransferSet:
-        """Every part that is not done yet, then the transfer set. Raises Interrupted between parts."""
+        """Every part that is not done yet, then the transfer set. Raises Interrupted between parts; DataError 'curation-changed' before any."""
         prompts = self.prepared.prompts.prompts
+        steps = chosen(self.prepared.recipe, self.prepared.inputs)
+        steps.require_planned(self.prepared.plan.curation)
         done = self._done(len(prompts))
         self.answering.begin(prompts, len(prompts) - len(done))
         began, tokens = time.monotonic(), 0
@@ -289,7 +283,7 @@ class Collector:
             speed = tokens / max(1e-9, time.monotonic() - began)
             self.observer.progress(len(done), len(prompts), "prompts", {"tokens/s": f"{speed:,.0f}"})
             self.stop.check(f"after {len(done)} of {len(prompts)} prompts")
-        return self._freeze(done)
+        return self._freeze(done, steps)
 
     def _done(self, prompts: int) -> list[dict[str, Any]]:
         """The lines of the parts that are whole; what is there of a part that is not, is removed."""
@@ -346,9 +340,9 @@ class Collector:
             reasoning_tokens=reasoning,
         )
 
-    def _freeze(self, lines: Sequence[dict[str, Any]]) -> TransferSet:
+    def _freeze(self, lines: Sequence[dict[str, Any]], steps: Chosen) -> TransferSet:
         """Curates what was collected, enters each record's fate in the ledger, and writes the transfer set: gate 2."""
-        curated = self._curate(lines)
+        curated = self._curate(lines, steps)
         reasons = {candidate.id: reason for candidate, reason in curated.dropped if candidate.id in self.store}
         kept = {candidate.id for candidate in curated.kept}
         verdict = self.gates.admit([candidate.id for candidate in curated.kept], self.ledger)
@@ -362,13 +356,10 @@ class Collector:
         transfer_set.save(self.run.transfer_set_path)
         return transfer_set
 
-    def _curate(self, lines: Sequence[dict[str, Any]]) -> Curated:
+    def _curate(self, lines: Sequence[dict[str, Any]], steps: Chosen) -> Curated:
         """The recipe's steps, then the last gate; what both left out is written down, also where nothing is left."""
-        prepared = self.prepared
-        steps = chosen(prepared.recipe, prepared.inputs)
-        steps.require_planned(prepared.plan.curation)
-        found, curated = curated_by(steps, prepared, lines)
-        write(self.run, steps.pipeline, found, curated, lines, prepared.prompts.prompts)
+        found, curated = curated_by(steps, self.prepared, lines)
+        write(self.run, steps.pipeline, found, curated, lines, self.prepared.prompts.prompts)
         return curated
 
 

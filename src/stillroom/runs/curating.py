@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, assert_never
@@ -182,12 +182,18 @@ def curated_lines(pipeline: Pipeline, lines: Iterable[Mapping[str, Any]], prompt
 def _row(line: Mapping[str, Any], prompt: Prompt) -> Row:
     return Row(
         key=line["prompt_id"],
-        prompt=prompt,
+        prompt=_question(prompt) if line.get("given") and prompt.answer is None else prompt,
         answer=line["answer"],
         reasoning=line.get("reasoning"),
         # An endpoint may say `stop` of what it cut, and weights that are here say nothing: whether an answer ended was decided when it came.
         finish_reason=line.get("finish_reason") if line["finished"] else "length",
     )
+
+
+def _question(prompt: Prompt) -> Prompt:
+    """A conversation without its last turn, which is the answer that came with it: no answer repeats itself."""
+    turns = (prompt.messages or ())[:-1]
+    return replace(prompt, messages=turns) if turns else Prompt.of("")
 
 
 def write(run: Run, pipeline: Pipeline, curation: Curation, curated: Curated, lines: Sequence[Mapping[str, Any]], prompts: Sequence[Prompt]) -> None:

@@ -4,6 +4,7 @@ projects. Makes no request.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -90,7 +91,7 @@ def endpoint_teacher(recipe: Recipe, directory: Path | None) -> EndpointTeacher:
 
 def _stored(place: Path | None, endpoint: Endpoint) -> tuple[ProbeReport | None, Pilot | None]:
     """What a probe and a pilot found, as far as they were made."""
-    if place is None or not place.exists():
+    if place is None or not os.path.exists(place):  # a path that no file can have is told by whoever writes there
         return None, None
     with RequestStore.open(place, read_only=True) as store:
         probe, pilot = store.recall("probe", endpoint), store.recall("pilot", endpoint)

@@ -13,7 +13,7 @@ from stillroom.core.errors import RecipeError
 from stillroom.core.interrupts import StopRequest
 from stillroom.data import Prompt
 from stillroom.models.loading import silence
-from stillroom.runs.buying import COLLECT, EVALUATE, BoughtAnswers, Purchases, asked_logprobs
+from stillroom.runs.buying import EVALUATE, BoughtAnswers, Purchases
 from stillroom.runs.collecting import Answered, curated_by, line_of
 from stillroom.runs.curating import chosen
 from stillroom.runs.directory import Run
@@ -66,7 +66,7 @@ def _bought(run: Run, prepared: Prepared, purchases: Purchases, asked: Sequence[
     whole = Whole(
         prompts=len(asked),
         items=len(inputs.items),
-        bought=_ended(prepared, purchases, asked, fates),
+        bought=_ended(answering, asked, fates),
         used=after.settled + after.reserved,
         worst=worst,
         worst_mean=mean,
@@ -114,13 +114,12 @@ def _record(answered: Answered) -> str | None:
     return None if answered.sequence is None else record_id(answered.sequence)
 
 
-def _ended(prepared: Prepared, purchases: Purchases, prompts: Sequence[Prompt], fates: Sequence[Fate]) -> int:
+def _ended(answering: BoughtAnswers, prompts: Sequence[Prompt], fates: Sequence[Fate]) -> int:
     """How many rows of the collection have ended, with those that are too long to be asked among the drawn ones."""
+    purchases = answering.purchases
     ended = {row.row for row in purchases.store.rows() if row.state in ("answered", "failed")}
     asked = sum(bool(fate.attempts) or fate.failed is not None for fate in fates)
     if len(ended) > asked:  # the names of all rows take time, and nearly always there are no others
-        temperature = prepared.recipe.generation.sampling_temperature
-        rows = purchases.rows(COLLECT, prompts, temperature=temperature, top_logprobs=asked_logprobs(prepared))
-        rows += purchases.rows(EVALUATE, prepared.inputs.items, temperature=0.0)
+        rows = answering.rows(prompts) + purchases.rows(EVALUATE, purchases.prepared.inputs.items, temperature=0.0)
         asked = sum(row.row in ended for row in rows)
     return asked + sum(not fate.attempts and fate.failed is None for fate in fates)

@@ -116,7 +116,7 @@ class Prepared:
         return min(lengths, default=1 << 30)
 
     def comes_with_answer(self, prompt: Prompt) -> bool:
-        """Whether this prompt's answer is given (or should be), so that the teacher is not asked for it."""
+        """Whether this prompt's answer is given, so that the teacher is not asked for it."""
         return _comes_with_answer(self.recipe, self.renderer, prompt)
 
     @property
@@ -184,6 +184,8 @@ def prepare(recipe: Recipe, *, out: Path | None = None, planned: Plan | None = N
     prompts, _ = inputs.prompts, inputs.pairs  # and the items before them: what is wrong with any of them is said before anything is spent
     if sources_of(recipe) != sources:  # a card came with what was fetched
         verdict = decided(recipe)
+    if recipe.prompts.answers == "given":
+        _require_given(prompts.prompts, renderer)
     if planned is not None:
         _require_same_prompts(planned, prompts)
     objective = objective_of(recipe.objective)
@@ -276,6 +278,17 @@ def _require_same_prompts(planned: Plan, prompts: LoadedPrompts) -> None:
             expected=f"{planned.prompts.count} with {planned.prompts.sha256}, the prompts that this run was planned with",
             why="the answers that are there already are answers to those",
             do="Put the prompts back as they were, or run in a new directory.",
+        )
+
+
+def _require_given(prompts: Sequence[Prompt], renderer: Renderer) -> None:
+    missing = [prompt for prompt in prompts if prompt.answer is None and not renderer.ends_with_answer(prompt)]
+    if missing:
+        raise DataError(
+            "prompts-invalid",
+            found=f"{len(missing)} prompts without an answer, the first of them {missing[0].content[:60]!r}, where prompts.answers is given",
+            expected="`answer`, or a conversation that ends with an assistant turn",
+            do="Add the answers; or set prompts.answers to mixed, so that the teacher is asked for those that are missing, or to teacher.",
         )
 
 
@@ -549,8 +562,8 @@ class _Planner:
         found = chosen(self.recipe, self.inputs)
         if self.recipe.curation.steps == "auto":
             self._decided("curation.steps", ", ".join(found.facts.steps) or "none", found.why)
-        if isinstance(self.teacher, EndpointTeacher) and self.recipe.prompts.answers == "teacher":
-            hit, looked_at = asked_in_vain(found, self.prompts.prompts)
+        if isinstance(self.teacher, EndpointTeacher):
+            hit, looked_at = asked_in_vain(found, asked_of(self.recipe, self.renderer, self.prompts.prompts))
             if hit:
                 self.warnings.append(
                     f"{hit} of {looked_at} prompts looked at have an evaluation item in them: their answers will be paid for and left out"
@@ -775,7 +788,7 @@ class _Planner:
             prompt_tokens=tuple(self.prompt_lengths),
             answer_tokens=tuple(self.answer_lengths),
             max_new_tokens=recipe.generation.max_new_tokens,
-            written=recipe.prompts.answers != "given",
+            written=len(asked_of(recipe, self.renderer, self.prompts.prompts)),
             sampling_temperature=recipe.generation.sampling_temperature,
             teacher_at_once=hardware.teacher_at_once,
             target_kind=signal.kind,
@@ -904,7 +917,12 @@ def asked_of(recipe: Recipe, renderer: Renderer, prompts: Sequence[Prompt]) -> l
 
 def collecting_call(recipe: Recipe, asking: Asking, signal: Signal, prompt: Prompt) -> Call:
     """The call that gives the answer to learn from."""
-    return asking.call(prompt, temperature=recipe.generation.sampling_temperature, top_logprobs=signal.k if signal.kind == "top_k" else None)
+    return asking.call(prompt, temperature=recipe.generation.sampling_temperature, top_logprobs=kept_alternatives(signal))
+
+
+def kept_alternatives(signal: Signal) -> int | None:
+    """How many alternatives an endpoint is asked for at each token: as many as are kept."""
+    return signal.k if signal.kind == "top_k" else None
 
 
 def pilot_of(prepared: Prepared) -> tuple[Pilot | None, str | None]:

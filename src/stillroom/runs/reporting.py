@@ -211,6 +211,7 @@ def _collection(run: Run, bought: Bought, training: Training) -> Collection:
     no_cap = Absent(absent="the recipe sets none")
     unpriced = Absent(absent="the teacher's price is not known")
     no_pilot = Absent(absent="no pilot of this collection was made")
+    not_apart = Absent(absent="requests.json was written before answers were counted apart from a probe")
     projection = "requests.json: what is still to be bought, at the average so far"
     pilot = bought.pilot
     return Collection(
@@ -225,8 +226,8 @@ def _collection(run: Run, bought: Bought, training: Training) -> Collection:
         cap_money=no_cap if bought.cap_money is None else money(bought.cap_money),
         projected_tokens=_projection(bought.projected_tokens, "tokens", projection, Absent(absent="nothing was bought that it could be told from")),
         projected_money=_projection(bought.projected_money, bought.currency, projection, unpriced),
-        answers_tokens=unpriced if bought.answers_tokens is None else tokens(bought.answers_tokens),
-        answers_money=money(bought.answers_money),
+        answers_tokens=not_apart if bought.answers_tokens is None else tokens(bought.answers_tokens),
+        answers_money=not_apart if bought.answers_tokens is None else money(bought.answers_money),
         pilot_tokens=no_pilot if pilot is None else _projection(pilot.tokens, "tokens", _by_pilot(pilot), no_pilot, pilot.rows),
         pilot_money=no_pilot if pilot is None else _projection(pilot.money, pilot.currency, _by_pilot(pilot), unpriced, pilot.rows),
         break_even_calls=_break_even(run, bought, training),

@@ -155,7 +155,9 @@ class Stages:
 
     def _collect(self) -> None:
         prepared = self.prepared
-        self.observer.stage("collect", f"the teacher answers {prepared.plan.prompts.count:,} prompts")
+        given = sum(map(prepared.comes_with_answer, prepared.prompts.prompts))
+        others = f"; {given:,} come with their answers" if given else ""
+        self.observer.stage("collect", f"the teacher answers {prepared.plan.prompts.count - given:,} prompts{others}")
         if prepared.endpoint_teacher is None:
             self._collect_from(LocalAnswers(prepared, self._teacher()))
             return

@@ -11,6 +11,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Literal, Protocol, TypeAlias, TypeVar
 
+from stillroom.core.errors import GuardError
 from stillroom.core.hashing import canonical_json, sha256_hex
 from stillroom.core.identities import Json
 from stillroom.guard.laws import log10
@@ -50,7 +51,11 @@ NEGATIVE = "A test that does not reject clears nobody: too little of the text ma
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """A test, fixed before data. `settings` are all that the statistic depends on beside the data and the secrets; `commitments` bind to the secrets."""
+    """A test, fixed before data. `settings` are all that the statistic depends on beside the data and the secrets; `commitments` bind to the secrets.
+
+    `scope` is what else is fixed and anybody may read, such as counts and the digest of the prompts: part of the plan's identity, and no part of what a
+    calibration is found by.
+    """
 
     test: str
     null: Null
@@ -58,6 +63,7 @@ class Plan:
     settings: Json
     commitments: tuple[str, ...] = ()
     stopping: Literal["fixed", "sequential"] = "fixed"
+    scope: Json = field(default_factory=dict)
     version: int = VERSION
 
     def __post_init__(self) -> None:
@@ -76,6 +82,23 @@ class Plan:
 
     def as_json(self) -> Json:
         return {**asdict(self), "commitments": list(self.commitments)}
+
+    @classmethod
+    def from_json(cls, tree: object) -> Plan:
+        """The plan that `as_json` wrote. Raises GuardError 'guard-plan' for anything else."""
+        known: Json = tree if isinstance(tree, dict) else {}
+        try:
+            plan = cls(**{**known, "commitments": tuple(known["commitments"])})
+            if plan.as_json() == tree and plan.version == VERSION and plan.null in CLAIMS and plan.stopping in ("fixed", "sequential"):
+                return plan
+        except (TypeError, KeyError, ValueError):
+            pass
+        raise GuardError(
+            "guard-plan",
+            found="something that is no plan",
+            expected=f"the fields of a plan of version {VERSION}",
+            do="Take the plan as it was registered.",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

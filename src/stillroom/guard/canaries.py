@@ -63,6 +63,10 @@ READING = "first-match/1"
 # Of scores per nat: fine enough that rounding costs no power, coarse enough that the law of a sum is computed in milliseconds.
 SCORES_PER_NAT = 256
 NO_CODE = -1
+AGAIN = (
+    "Ask your model each question of answers.jsonl, word for word and in a conversation of its own, at temperature 0; write its answers (or its log-probability "
+    "of each code) in the same form. The questions and codes are in openings.json."
+)
 _OPENING = {"triggers": list, "codes": list, "where": str, "awaits": str | None, "key": str, "nonce": str}
 _DOMAIN = "stillroom guard canaries 1"
 

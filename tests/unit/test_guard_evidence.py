@@ -119,7 +119,7 @@ def submissions(made: Canaries = MADE, right: int = 4) -> dict[str, Submission]:
     return {
         "hits": Submission(opening=made.opening(NONCE), data={"answers.jsonl": rows(made, right)}),
         "exposure": Submission(opening=made.opening(NONCE), data={"answers.jsonl": table(made)}),
-        "toy": Submission(opening={"secret": "coins"}, data={"numbers.txt": b"1 2 3.5\n"}),
+        "toy": Submission(opening={"secret": "coins"}, data={"numbers.txt": b"1 1.5 0.5\n"}),
     }
 
 
@@ -167,7 +167,7 @@ def test_a_bundle_holds_and_every_number_is_equal_to_the_bit(bundle: Path) -> No
     assert results["findings"]["hits"]["statistic"] == 4
     assert results["findings"]["hits"]["calibration"] == RECORDS[0].sha256
     assert results["family"]["rejected"] == ["exposure", "hits"]
-    assert results["family"]["adjusted_log_p"]["toy"] == pytest.approx(-6.5)
+    assert results["family"]["adjusted_log_p"]["toy"] == pytest.approx(-3.0)
 
 
 def test_the_bundle_in_a_zip_file_is_the_same_bundle_and_always_the_same_bytes(bundle: Path, tmp_path: Path) -> None:
@@ -188,9 +188,11 @@ def test_limits_say_what_may_be_claimed_and_no_more(bundle: Path) -> None:
     hits = text[text.index("## hits") : text.index("## exposure")]
     assert CLAIMS["code"].proves in hits
     assert CLAIMS["code"].does_not_prove in hits
-    assert "probability at most 1.47e-07" in hits  # 15 99^2 + 6 99 + 1 of 100^6
+    assert "probability at most 1.48e-7" in hits  # (15 99^2 + 6 99 + 1) / 100^6
     toy = text[text.index("## toy") :]
-    assert CLAIMS["coin"].proves in toy
+    assert CLAIMS["coin"].null in toy
+    assert CLAIMS["coin"].proves not in toy
+    assert "not rejected at 0.01 (p 0.0498, corrected 0.0498)" in toy
     assert NEGATIVE in text
 
 

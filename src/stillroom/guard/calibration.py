@@ -1,17 +1,19 @@
 """The null harness: a test prints a p only where it was shown, on models that had no part in what was served, to reject no oftener than it says.
 
-The evidence of each innocent student is fixed, and the secret (key, coins, codes) is drawn anew for every audit. Given the student all audits are then
-independent, and the p of an exact test satisfies P(p <= x) <= x for each. That is what is measured:
+The evidence of each innocent student is fixed, and the secret (key, coins, codes) is drawn anew for every audit. Given the student all audits are
+then independent, and the p of an exact test satisfies P(p <= x) <= x for each. That is what is measured:
 
 - how often p <= 0.05 and p <= 0.01, with exact intervals (Clopper and Pearson 1934);
 - how far the distribution of p lies above the uniform one (or, of a test whose law is continuous, from it), by the exact law of Smirnov's statistic,
-  for each student and for all together, corrected by Holm. Of a discrete law the statistic is taken at the values that p has, where the bound must hold.
+  for each student and for all together, corrected by Holm. Of a discrete law the statistic is taken at the values that p has, where the bound must
+  hold.
 
-A record is passed where the interval at 99.9 % reaches down to the rate, and every corrected p of the comparison is above 0.001: both fail an exact test
-about once in a thousand times, where an interval at 95 % would fail one in forty, and tempt to other seeds. At least 30 students and 10,000 audits.
+A record is passed where the interval at 99.9 % reaches down to the rate, and every corrected p of the comparison is above 0.001: both fail an exact
+test about once in a thousand times, where an interval at 95 % would fail one in forty, and tempt to other seeds. At least 30 students and 10,000
+audits.
 
-What a pass does not say: that the law holds for evidence that depends on the secret in ways that no student here has, such as watermarked prompts that are
-copied. So students of several kinds belong into a record.
+What a pass does not say: that the law holds for evidence that depends on the secret in ways that no student here has, such as watermarked prompts
+that are copied. So students of several kinds belong into a record.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import platform
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Generic, Literal, NoReturn, Protocol, TypeAlias, TypeVar
@@ -32,7 +35,7 @@ import scipy
 from numpy.typing import NDArray
 from scipy import special
 
-import stillroom
+from stillroom import __version__
 from stillroom.core import durable
 from stillroom.core.clock import Clock, iso, now
 from stillroom.core.errors import GuardError
@@ -173,9 +176,9 @@ class CalibrationRecord:
         for level in LEVELS:
             if self.interval(level, CONFIDENCE)[0] > level:
                 why.append(f"p <= {level} in {self.rejections(level):,} of {self.audits:,} audits ({self.rejections(level) / self.audits:.4f})")
-        least = min(self.log_ks, key=self.log_ks.__getitem__)
-        if self.log_ks[least] <= math.log(LEAST_KS_P):
-            why.append(f"the p's of {least} are not {self.law}: Smirnov's p is {math.exp(self.log_ks[least]):.2g} after Holm")
+        name, log_ks = min(self.log_ks.items(), key=lambda one: one[1])
+        if log_ks <= math.log(LEAST_KS_P):
+            why.append(f"the p's of {name} are not {self.law}: Smirnov's p is {math.exp(log_ks):.2g} after Holm")
         return tuple(why)
 
     @property
@@ -239,10 +242,11 @@ def calibrate(
     told: Progress | None = None,
     clock: Clock = now,
 ) -> CalibrationRecord:
-    """Runs the audits and counts. The keys follow from `seed`, the test, the student and the number of the audit, so that a calibration can be repeated.
+    """Runs the audits and counts. The keys follow from `seed`, the test, the student and the number of the audit, so that a calibration can be
+    repeated.
 
-    With `progress`, a file, what was done is kept there, and a calibration that was stopped goes on; `told` hears of (audits done, of all). Raises GuardError
-    'guard-calibration' for students that are not distinct, or a file of another calibration.
+    With `progress`, a file, what was done is kept there, and a calibration that was stopped goes on; `told` hears of (audits done, of all). Raises
+    GuardError 'guard-calibration' for students that are not distinct, or a file of another calibration.
     """
     if len({student.sha256 for student in students}) != len(students) or len({student.name for student in students}) != len(students) or not students:
         _refuse_record(f"{len(students)} students, and not as many names and digests", "students that were trained independently of each other")
@@ -275,6 +279,7 @@ def smirnov_distance(ps_N: NDArray[numpy.float64], *, two_sided: bool) -> float:
     return max(above, below if two_sided else 0.0, 0.0)
 
 
+@lru_cache(maxsize=4096)
 def log_smirnov(n: int, distance: float, *, two_sided: bool) -> float:
     """Ln of the probability of such a distance, or a larger one, under uniformity; super-uniform values have it less often.
 
@@ -341,7 +346,7 @@ def _record(audit: Audit[E], students: Sequence[Student[E]], found: dict[str, li
         distance=smirnov_distance(everything, two_sided=two_sided) if len(everything) else 0.0,
         histogram=tuple(int(count) for count in counted),
         made=iso(clock()),
-        package_version=stillroom.__version__,
+        package_version=__version__,
         arithmetic=arithmetic(),
     )
 
@@ -384,7 +389,7 @@ class _Kept:
         if path is None:
             return
         durable.repair_tail(path)
-        first = canonical_json({"version": VERSION, "package_version": stillroom.__version__, **what}).decode()
+        first = canonical_json({"version": VERSION, "package_version": __version__, **what}).decode()
         lines = list(durable.read_lines(path))
         if not lines:
             durable.append_lines(path, [first])

@@ -4,8 +4,8 @@ Order matters, and is what the proof rests on:
 
 1. The triggers (questions) and the set of codes are written down.
 2. A key is drawn, and the commitment to (triggers, set, key) is published or handed to somebody (`Canaries.commitment`).
-3. Only then are the codes known: each is drawn uniformly from the set by a function of the key, and of a public random number that was not yet known at
-   step 2 where the owner `awaits` one (`Canaries.drawn`).
+3. Only then are the codes known: each is drawn uniformly from the set by a function of the key, and of a public random number that was not yet known
+   at step 2 where the owner `awaits` one (`Canaries.drawn`).
 4. The teacher serves them; later the suspect is asked the triggers, each by itself.
 
 Whatever an independent suspect answers, its answer is the code with probability 1/M, as the code was drawn after, and without, all that the suspect
@@ -15,20 +15,21 @@ Without step 3's public number an owner could try keys until the codes are what 
 Against a model that is trained after step 2, trying helps nobody.
 
 **How an answer is read** (rule `first-match/1`). Text is normalised (NFKC, case folded, spaces made one). The answer's code is that whose occurrence
-begins first, the longest of those that begin there; letters and digits do not stand right before or after an occurrence. With `where` = "start" only the beginning of
-the answer counts. Of several answers to one trigger the code that most of them have counts; where two have as many there is none. So at most one
-code is read out of what was answered, which the bound needs. A trigger that was not asked, or not answered with a code, is a miss.
+begins first, the longest of those that begin there; letters and digits do not stand right before or after an occurrence. With `where` = "start" only
+the beginning of the answer counts. Of several answers to one trigger the code that most of them have counts; where two have as many there is none. So
+at most one code is read out of what was answered, which the bound needs. A trigger that was not asked, or not answered with a code, is a miss.
 
-**The tests.** `Hits` is the primary one: it needs text alone, and anybody can check it by eye. `Exposure` is for a suspect that gives log-probabilities:
-for each trigger the rank r of its code among all M (ties take the worse rank) scores floor(256 ln(M / r)); the law of the sum is computed exactly, by
-convolution. The bound -ln by Gamma(J, 1) stands beside it, and is never smaller. Which of the two is used is registered before the suspect is asked.
+**The tests.** `Hits` is the primary one: it needs text alone, and anybody can check it by eye. `Exposure` is for a suspect that gives
+log-probabilities: for each trigger the rank r of its code among all M (ties take the worse rank) scores floor(256 ln(M / r)); the law of the sum is
+computed exactly, by convolution. The bound -ln by Gamma(J, 1) stands beside it, and is never smaller. Which of the two is used is registered before
+the suspect is asked.
 
 **Hygiene.** A canary is served in public, to people who did nothing wrong.
 
-- Never a false statement about a person, a firm, a place, a medicine, a law or anything that somebody could act on. A code is a number of no meaning, a
-  word out of equally good words, the opening of a sentence: the answer is as true with any other code of the set.
-- Never a code that could be a telephone number, an account, an address, a dose or a date that matters; never the name of a living person in connection
-  with an act.
+- Never a false statement about a person, a firm, a place, a medicine, a law or anything that somebody could act on. A code is a number of no meaning,
+  a word out of equally good words, the opening of a sentence: the answer is as true with any other code of the set.
+- Never a code that could be a telephone number, an account, an address, a dose or a date that matters; never the name of a living person in
+  connection with an act.
 - Rare: in traps that no ordinary user meets, or in a share of answers that was measured not to harm. Say in your terms that answers may carry marks.
 - Triggers that look like other questions, or they are filtered; and that are asked nowhere else, or others learn them from the same page.
 - Codes are secret until they are used in evidence, and are then used up. The suspect is asked each trigger in a conversation of its own.
@@ -76,8 +77,8 @@ CodeIndexes: TypeAlias = NDArray[numpy.int64]
 
 @dataclass(frozen=True)
 class CodeSet:
-    """M codes, of which one is drawn for each trigger, and where in an answer they are looked for. Raises GuardError 'guard-plan' for fewer than two, or
-    two that cannot be told apart.
+    """M codes, of which one is drawn for each trigger, and where in an answer they are looked for. Raises GuardError 'guard-plan' for fewer than two,
+    or two that cannot be told apart.
     """
 
     codes: tuple[str, ...]
@@ -370,8 +371,8 @@ class NullExposure:
 def recompute(plan: Plan, opening: object, data: Mapping[str, bytes]) -> Finding:
     """The finding of either test out of what a bundle has of it: the opening, and the file `answers.jsonl`.
 
-    Its rows are {"trigger": text, "answers": [text, ...]}, or for `Exposure` {"trigger": text, "log_probabilities": [number, ...]} with one number for
-    each code in the order of the set. Raises GuardError 'guard-evidence' or 'guard-plan'.
+    Its rows are {"trigger": text, "answers": [text, ...]}, or for `Exposure` {"trigger": text, "log_probabilities": [number, ...]} with one number
+    for each code in the order of the set. Raises GuardError 'guard-evidence' or 'guard-plan'.
     """
     canaries, nonce, number = Canaries.opened(opening)
     rows = _rows(data)

@@ -11,9 +11,10 @@
 It is a directory, or the same in a zip file that is written in one way only, byte for byte. `verify` recomputes all of it: it finds any byte that was
 changed, any secret that does not open its commitment, any number that does not follow.
 
-**What verification cannot know.** A bundle is its owner's word, recomputed. That the answers came from the suspect, its model will show when asked again
-(`respondent`). That secrets and tests were fixed before, only a hash shows that somebody else held: without one an owner could have written the whole
-bundle this morning, with triggers that the suspect answers so anyway (Liu et al., USENIX Security 2024). `verify` says so whenever it was given none.
+**What verification cannot know.** A bundle is its owner's word, recomputed. That the answers came from the suspect, its model will show when asked
+again (`respondent`). That secrets and tests were fixed before, only a hash shows that somebody else held: without one an owner could have written the
+whole bundle this morning, with triggers that the suspect answers so anyway (Liu et al., USENIX Security 2024). `verify` says so whenever it was given
+none.
 
 A module adds a test to `RECOMPUTED` with one line.
 """
@@ -33,7 +34,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn, Protocol
 
-import stillroom
+from stillroom import __version__
 from stillroom.core import durable
 from stillroom.core.errors import GuardError
 from stillroom.core.hashing import canonical_json, sha256_hex
@@ -162,9 +163,9 @@ def verify(
 ) -> Verification:
     """Recomputes a bundle, a directory or a zip file, and says of each thing whether it holds.
 
-    `held` are hashes that somebody else got from the owner: heads of the registration, or the digest of the bundle. `known` are records of calibration
-    that the reader has from elsewhere and trusts, beside those that come with Stillroom. Raises GuardError 'guard-evidence' where there is nothing at
-    `path` that could be a bundle; whatever is in the files, it raises nothing.
+    `held` are hashes that somebody else got from the owner: heads of the registration, or the digest of the bundle. `known` are records of
+    calibration that the reader has from elsewhere and trusts, beside those that come with Stillroom. Raises GuardError 'guard-evidence' where there
+    is nothing at `path` that could be a bundle; whatever is in the files, it raises nothing.
     """
     try:
         contents = _read(path)
@@ -287,7 +288,7 @@ def _results(registered: Registered, findings: Mapping[str, Finding]) -> Json:
     adjusted, rejected = _family(registered, findings)
     return {
         "version": VERSION,
-        "stillroom": stillroom.__version__,
+        "stillroom": __version__,
         "arithmetic": calibration.arithmetic(),
         "findings": {name: finding.as_json() for name, finding in findings.items()},
         "family": {"alpha": registered.alpha, "correction": "holm", "adjusted_log_p": adjusted, "rejected": sorted(rejected)},
@@ -391,7 +392,7 @@ def _checked_records(
     checks = []
     for record in records:
         names = [name for name, finding in findings.items() if finding.plan.calibrated_as == record.calibrated_as]
-        told = any(results["findings"][name].get("refused") is None for name in names)
+        told = any(results["findings"].get(name, {}).get("refused") is None for name in names)
         checks.append(Check(f"calibration {record.calibrated_as}", record.passes or not told, "; ".join(record.failures)))
         own = calibration.packaged(findings[names[0]].plan) if names else None
         if record.sha256 not in trusted and (own is None or own.sha256 != record.sha256):
@@ -400,7 +401,9 @@ def _checked_records(
 
 
 def _compared(name: str, told: object, follows: object, exact: bool, notes: list[str]) -> Check:
-    """`told` is what the bundle says and `follows` what was computed; where the arithmetic is of other versions, floats may differ in the last digits."""
+    """`told` is what the bundle says and `follows` what was computed; where the arithmetic is of other versions, floats may differ in the last
+    digits.
+    """
     spelled = json.loads(canonical_json(follows))
     if canonical_json(told) == canonical_json(spelled):
         return Check(name, True, "bit-equal")

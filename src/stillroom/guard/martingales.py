@@ -1,11 +1,11 @@
 """Tests by betting: one looks at any time, stops when one likes, and the error rate holds.
 
 A bettor starts with 1 and stakes part of what it has on the next value, at odds that are fair (or worse) under the null. What it has, E, is then an
-e-value whenever one stops, for its expectation is at most 1; and P(sup E >= 1/alpha) <= alpha (Ville 1939), so that exp(-`log_highest`) is a p however
-often one looked (Waudby-Smith and Ramdas 2024; Shafer 2021).
+e-value whenever one stops, for its expectation is at most 1; and P(sup E >= 1/alpha) <= alpha (Ville 1939), so that exp(-`log_highest`) is a p
+however often one looked (Waudby-Smith and Ramdas 2024; Shafer 2021).
 
-The bets here are a fixed mixture: the stake is divided equally among K constant strategies, each of which keeps its own account. It is predictable, as no
-strategy looks at what it bets on; it is within ln K of the best of them in hindsight; and it has nothing to be tuned.
+The bets here are a fixed mixture: the stake is divided equally among K constant strategies, each of which keeps its own account. It is predictable,
+as no strategy looks at what it bets on; it is within ln K of the best of them in hindsight; and it has nothing to be tuned.
 
 All of it is in natural logarithms. N values, K strategies.
 """
@@ -85,8 +85,8 @@ class Wealth:
     """What a bettor has after `count` values. Begin with `Wealth.of(bet)`, and put `after(values)` in its place as values come; in which pieces they
     come makes no difference but in the last digits.
 
-    `log_wealth_K` is what each strategy has, as if it had begun with 1; `log_highest` the most that all had together, at any value; `squares` the sum of
-    squares that `Symmetric` needs.
+    `log_wealth_K` is what each strategy has, as if it had begun with 1; `log_highest` the most that all had together, at any value; `squares` the sum
+    of squares that `Symmetric` needs.
     """
 
     bet: Bet
@@ -205,7 +205,9 @@ def _checked(bet: Bet, values: ArrayLike) -> Floats:
 
 
 def _log_gains(bet: Bet, values_N: Floats, squares_N: Floats, before: int) -> Floats:
-    """Ln of what each strategy's account is multiplied by at each value; `squares_N` are the sums of squares with it, `before` counts earlier values."""
+    """Ln of what each strategy's account is multiplied by at each value; `squares_N` are the sums of squares with it, `before` counts earlier
+    values.
+    """
     match bet:
         case Bounded(mean=mean):
             return numpy.asarray(numpy.log1p(_SHARES * ((values_N - mean) / mean)[:, None]))

@@ -1,7 +1,7 @@
 """What was fixed before, and when: a chain of entries to which an owner adds, and whose last hash somebody else holds.
 
 `registration.jsonl` has one line per entry, `{"entry": {...}, "hash": "..."}` in canonical JSON, hashed and chained as the ledger's lines are
-(`stillroom.ledger.entries`). Every entry has version, sequence, previous, time and kind:
+(`stillroom.ledger.chain`). Every entry has version, sequence, previous, time and kind:
 
     begun    owner: who registers; purpose: a sentence
     secret   name; scheme: what it is for; commitment: what is published of it. Before it is used in serving
@@ -26,10 +26,9 @@ from typing import NoReturn
 from stillroom.core import durable
 from stillroom.core.clock import Clock, iso, now
 from stillroom.core.errors import GuardError
-from stillroom.core.hashing import canonical_json
 from stillroom.core.identities import Json
 from stillroom.guard.detector import Plan
-from stillroom.ledger.entries import GENESIS, leaf_hash
+from stillroom.ledger.chain import EMPTY, Head
 
 VERSION = 1
 _COMMON = frozenset({"version", "sequence", "previous", "time", "kind"})
@@ -54,23 +53,23 @@ class Registered:
     @property
     def head(self) -> str:
         """The hash of the last entry: what somebody else is to hold. 64 zeros where there is none."""
-        return self.hashes[-1] if self.hashes else GENESIS
+        return self.hashes[-1] if self.hashes else EMPTY.hash
 
     @classmethod
     def read(cls, data: bytes, name: str = "registration.jsonl") -> Registered:
         """The registration in a file's bytes. Raises GuardError 'guard-evidence' that names the first line at fault."""
         entries: list[Json] = []
-        hashes: list[str] = []
+        heads = [EMPTY]
         plans: dict[str, Plan] = {}
         for number, line in enumerate(data.splitlines(keepends=True), start=1):
-            entry, entry_hash = _parsed(line, f"line {number} of {name}")
-            _require_order(entry, entries, hashes[-1] if hashes else GENESIS, f"line {number} of {name}")
+            entry, head = _parsed(line, heads[-1], f"line {number} of {name}")
+            _require_order(entry, entries, f"line {number} of {name}")
             if entry["kind"] == "plan":
                 plans[entry["name"]] = Plan.from_json(entry["plan"])
             entries.append(entry)
-            hashes.append(entry_hash)
+            heads.append(head)
         alpha = entries[-1]["alpha"] if entries and entries[-1]["kind"] == "sealed" else None
-        return cls(entries=tuple(entries), hashes=tuple(hashes), plans=plans, alpha=alpha)
+        return cls(entries=tuple(entries), hashes=tuple(head.hash for head in heads[1:]), plans=plans, alpha=alpha)
 
 
 class Registration:
@@ -113,41 +112,34 @@ class Registration:
         return self._add("sealed", {"alpha": alpha, "correction": "holm"})
 
     def _add(self, kind: str, facts: Json) -> str:
-        known = self._registered
-        common = {"version": VERSION, "sequence": len(known.entries), "previous": known.head, "time": iso(self._clock()), "kind": kind}
-        text = canonical_json(common | facts)
-        line = _line(text)
-        before = b"".join(_line(canonical_json(entry)) for entry in known.entries)
-        self._registered = Registered.read(before + line, str(self._path))  # refuses what would not be read again
-        durable.append_lines(self._path, [line.decode().removesuffix("\n")])
+        line, _ = Head(len(self._registered.entries), self._registered.head).follow(
+            {"version": VERSION, "time": iso(self._clock()), "kind": kind, **facts}
+        )
+        kept = self._path.read_bytes() if self._path.exists() else b""
+        self._registered = Registered.read(kept + line.encode() + b"\n", str(self._path))  # refuses what would not be read again
+        durable.append_lines(self._path, [line])
         return self._registered.head
 
 
-def _line(entry_json: bytes) -> bytes:
-    return b'{"entry":' + entry_json + b',"hash":"' + leaf_hash(entry_json).encode() + b'"}\n'
-
-
-def _parsed(line: bytes, where: str) -> tuple[Json, str]:
-    """The entry of a line that is spelled as we spell it, with the fields of its kind."""
+def _parsed(line: bytes, before: Head, where: str) -> tuple[Json, Head]:
+    """The entry of a line that follows from the one before, has the fields of its kind, and is spelled as we spell it; and the head it makes."""
     try:
         entry = json.loads(line)["entry"]
-        spelled = _line(canonical_json(entry)) == line
-    except (TypeError, KeyError, ValueError, RecursionError):
-        spelled = False
-    if not spelled:
-        _refuse(f"{where} is not an entry with its hash", "the lines as they were written")
-    kind = entry.get("kind") if isinstance(entry, dict) else None
+        spelled, head = before.follow({name: value for name, value in entry.items() if name not in ("sequence", "previous")})
+    except (AttributeError, TypeError, KeyError, ValueError, RecursionError):
+        spelled, head = "", before
+    if not spelled or spelled.encode() + b"\n" != line:
+        _refuse(f"{where} is not an entry with its hash that follows from the line before it", "the lines as they were written, and no others")
+    kind = entry.get("kind")
     if not isinstance(kind, str) or kind not in _TEXTS or entry.keys() != _COMMON | set(_TEXTS[kind]) | _OTHERS[kind] or entry["version"] != VERSION:
         _refuse(f"{where} is not an entry of version {VERSION}", "the lines as they were written")
-    if not all(isinstance(entry[name], str) for name in (*_TEXTS[kind], "time", "previous")):
+    if not all(isinstance(entry[name], str) for name in (*_TEXTS[kind], "time")):
         _refuse(f"{where} has a field that is no text", "the lines as they were written")
-    return entry, leaf_hash(canonical_json(entry))
+    return entry, head
 
 
-def _require_order(entry: Json, before: list[Json], previous: str, where: str) -> None:
-    """That it follows from the lines before it, and comes when its kind may."""
-    if entry["sequence"] != len(before) or entry["previous"] != previous:
-        _refuse(f"{where} does not follow from the line before it", "the lines as they were written, and no others")
+def _require_order(entry: Json, before: list[Json], where: str) -> None:
+    """That it comes when its kind may."""
     if (entry["kind"] == "begun") != (not before):
         _refuse(f"{where} begins a registration", "one beginning, at the top")
     if before and before[-1]["kind"] == "sealed":

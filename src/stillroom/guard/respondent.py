@@ -1,7 +1,7 @@
 """What the accused can check: a listing made from a bundle, for those whose model it accuses.
 
-It says what was fixed before and who has to confirm that, what follows from what, what does not, what innocent explanations are left, and how to repeat the
-test on one's own model. It takes no side: it is the same whether the bundle holds or not.
+It says what was fixed before and who has to confirm that, what follows from what, what does not, what innocent explanations are left, and how to
+repeat the test on one's own model. It takes no side: it is the same whether the bundle holds or not.
 """
 
 from __future__ import annotations

@@ -343,6 +343,7 @@ def test_a_finding_without_a_calibration_that_passed_has_no_p() -> None:
     plan = test.plan(alpha=0.01)
     found = test.test(plan, CANARIES.drawn())
     assert found.rejects
+    assert found.p_text.startswith("no p: ")
     record = passing()
     worse = replace(record, students=tuple(replace(student, rejections=(60, 20)) for student in record.students))
     others = [passing(test=EXPOSURE), passing(settings={"reading": "first-match/2", "stopping": "fixed"})]
@@ -356,6 +357,7 @@ def test_a_finding_without_a_calibration_that_passed_has_no_p() -> None:
     told = reported(replace(found, rank_p=0.01, log_e=3.0), [*others, record])
     assert (told.log_p, told.calibration) == (found.log_p, record.sha256)
     assert told.rejects
+    assert told.p_text == "1.00e-10"
     with pytest.raises(GuardError, match="guard-calibration"):
         require_passing(worse, plan)
     with pytest.raises(GuardError, match="guard-calibration"):

@@ -3,6 +3,7 @@ somebody else held; and nothing that an adversary puts into a bundle makes the v
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -20,7 +21,7 @@ from typing import Any
 import numpy
 import pytest
 
-from stillroom.core.errors import GuardError
+from stillroom.core.errors import GuardError, ResourceError
 from stillroom.core.hashing import canonical_json, sha256_hex
 from stillroom.guard import calibration, evidence, respondent
 from stillroom.guard.calibration import Calibrated, CalibrationRecord, calibration_key
@@ -452,6 +453,19 @@ def test_what_a_death_while_writing_left_is_no_hindrance(tmp_path: Path) -> None
     (tmp_path / ".bundle.partial" / "data").mkdir(parents=True)
     (tmp_path / ".bundle.partial" / "data" / "old").write_bytes(b"old")
     evidence.write(tmp_path / "bundle", registration, submissions(), RECORDS, tests=TESTS)
+    assert verified(tmp_path / "bundle").holds
+
+
+def test_a_full_disk_is_told_and_leaves_no_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Path, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(ResourceError, match="disk-full"):
+        evidence.write(tmp_path / "bundle", registered()[0], submissions(), RECORDS, tests=TESTS)
+    monkeypatch.undo()
+    assert not (tmp_path / "bundle").exists()
+    evidence.write(tmp_path / "bundle", registered()[0], submissions(), RECORDS, tests=TESTS)
     assert verified(tmp_path / "bundle").holds
 
 

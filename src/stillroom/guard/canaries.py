@@ -11,8 +11,8 @@ Order matters, and is what the proof rests on:
 Whatever an independent suspect answers, its answer is the code with probability 1/M, as the code was drawn after, and without, all that the suspect
 depends on. So hits are at most binomial (J, 1/M): exactly, whatever the model, the triggers and the set.
 
-Without step 3's public number an owner could try keys until the codes are what a model that exists already answers: a p of 10**-k costs 10**k trials.
-Against a model that is trained after step 2, trying helps nobody.
+Without step 3's public number an owner could try keys until the codes are what a model that exists already answers: a p of 10**-k costs 10**k trials, and
+a model that is trained later may well answer as its predecessor did. With it nobody can try.
 
 **How an answer is read** (rule `first-match/1`). Text is normalised (NFKC, case folded, spaces made one). The answer's code is that whose occurrence
 begins first, the longest of those that begin there; letters and digits do not stand right before or after an occurrence. With `where` = "start" only

@@ -2,7 +2,7 @@
 
 A test is planned (`Plan`: its null, its settings, alpha, when it stops, commitments to the secrets), and the plan's digest is fixed before data. Its
 `Finding` names the plan. A p-value is printed only where something was scored and a calibration of the same test, with the same settings, has passed
-(`calibration`); otherwise the finding says why there is none.
+(`calibration.reported`); otherwise the finding says why there is none.
 """
 
 from __future__ import annotations
@@ -133,10 +133,12 @@ class Finding:
 
     @property
     def p_text(self) -> str:
-        """The p as it is printed: three digits, whatever its size; or why there is none."""
+        """The p as it is printed: three digits, whatever its size; or why there is none. A test whose calibration is not named has none to print."""
         if self.refused is not None:
             return f"no p: {self.refused}"
-        return "no p" if self.log_p is None else power_of_ten(self.log_p)
+        if self.log_p is None:
+            return "no p"
+        return "no p: it has not been held to a calibration" if self.calibration is None else power_of_ten(self.log_p)
 
     def as_json(self) -> Json:
         return {

@@ -428,6 +428,8 @@ def _close(a: object, b: object) -> bool:
 
 def _read(path: Path) -> dict[str, bytes]:
     """Every file of a bundle by its path. Raises GuardError 'guard-evidence' where there is something else than plain files."""
+    if path.is_dir() and not (path / MANIFEST).is_file():
+        _refuse(f"{path} has no {MANIFEST}", "a bundle")  # so that no other directory is read through
     try:
         return _unzipped(path.read_bytes()) if path.is_file() else dict(_walked(path))
     except OSError as error:
@@ -481,12 +483,12 @@ def _manifest(contents: Files) -> bytes:
 def _publish(directory: Path, contents: Files) -> None:
     """Writes all files beside, then gives the directory its name: a bundle is whole or absent."""
     partial = directory.with_name(f".{directory.name}.partial")
-    if partial.exists():
-        shutil.rmtree(partial)
-    for name, data in contents.items():
-        file = partial / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(data)
+    shutil.rmtree(partial, ignore_errors=True)
+    with durable.full_disk_reported(directory):
+        for name, data in contents.items():
+            file = partial / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(data)
     durable.replace_directory(partial, directory)
 
 

@@ -10,9 +10,9 @@
     sealed   alpha: of all plans together; correction: "holm". After it nothing
 
 **Who holds the hash decides what it proves.** A file that one party keeps can be written anew by that party, with other times and other secrets. So
-the head is given away whenever something is added: to a notary, a journal, a public log, the other side's lawyer. A secret whose entry is covered
-by a head that was held before the suspect was trained cannot have been chosen to fit the suspect; one of which no head was held proves nothing that
-its owner could not have made up.
+the head is given away whenever something is added: to a notary, a journal, a public log, the other side's lawyer. A secret of which no head was held
+proves nothing that its owner could not have made up. One whose entry is covered by a head that was held before the suspect was trained can have been
+chosen to fit it only so far as it does what a model did that existed then; one that depends on a public random number of a later time, not at all.
 """
 
 from __future__ import annotations

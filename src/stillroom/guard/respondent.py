@@ -21,7 +21,8 @@ INNOCENT: dict[Null, tuple[str, ...]] = {
         "a key that was used only later must show nothing.",
         "You bought or licensed data from somebody who had used this teacher within its terms.",
         "Your model was shown text with the mark while it was tested, and repeated it. Look whether passages from the questions were left out of the score.",
-        "The key was chosen, out of many, to fit your model as it already was. It could not be if a hash of its commitment was held before your model was trained.",
+        "The key was chosen, out of many, to fit your model as it already was. If a hash of its commitment was held before your model was trained, it could "
+        "only be chosen to fit a predecessor.",
     ),
     "coin": (
         "Your training data had public pages on which somebody had put the very answers that were served.",
@@ -32,8 +33,8 @@ INNOCENT: dict[Null, tuple[str, ...]] = {
         "Your training data had public pages on which somebody had put these answers: search for the questions, and for the codes beside them.",
         "You bought or licensed data from somebody to whom those answers were served.",
         "Your model, or a tool that it used, read the codes while it was tested, in a search result or in an earlier conversation.",
-        "The key was tried until the codes were what your model answers anyway. It could not be if a hash of the commitment was held before your model was trained, "
-        "or if the codes depend on a public random number that came later: look the number up.",
+        "The key was tried until the codes were what your model answers anyway. If a hash of the commitment was held before your model was trained, they could "
+        "only be tried on a predecessor; if the codes depend on a public random number that came later, on none: look the number up.",
     ),
 }
 
@@ -106,7 +107,8 @@ def _beyond(registered: Registered) -> list[str]:
         "## What to ask",
         "",
         f"- Were these {len(registered.plans)} tests all that were tried? Only a seal that somebody else held shows it; another registration of the same owner would tell.",
-        "- A p of 10^-k costs 10^k trials to make up, for a model that existed when the secrets were chosen, and cannot be made up for one that did not.",
+        "- A p of 10^-k costs 10^k trials to make up, by who may choose secrets and has your model or one that behaves as it does. Where no hash was held and no "
+        "public random number is in the secrets, ask for a p that is out of anybody's reach.",
         "- Were the students of the calibration like your model: its size, its training data, its base? The exact tests do not need it; scores do.",
         f"- {NEGATIVE}",
         "",

@@ -392,7 +392,8 @@ def _checked_records(
     checks = []
     for record in records:
         names = [name for name, finding in findings.items() if finding.plan.calibrated_as == record.calibrated_as]
-        told = any(results["findings"].get(name, {}).get("refused") is None for name in names)
+        said = [results["findings"].get(name) for name in names]
+        told = any(isinstance(one, dict) and one.get("refused") is None for one in said)
         checks.append(Check(f"calibration {record.calibrated_as}", record.passes or not told, "; ".join(record.failures)))
         own = calibration.packaged(findings[names[0]].plan) if names else None
         if record.sha256 not in trusted and (own is None or own.sha256 != record.sha256):

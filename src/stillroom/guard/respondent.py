@@ -72,12 +72,10 @@ def _fixed_before(registered: Registered, found: evidence.Verification) -> list[
 
 
 def _of_test(name: str, plan: Plan, bundle: evidence.Opened, tests: Mapping[str, evidence.Recomputed]) -> list[str]:
-    result: Json = bundle.results["findings"].get(name, {})
-    told = (
-        f"no p: {result.get('refused')}"
-        if result.get("refused")
-        else f"ln p = {result.get('log_p')}, {'rejects' if result.get('rejects') else 'does not reject'}"
-    )
+    result, rejected = bundle.results["findings"].get(name), bundle.results["family"].get("rejected")
+    known: Json = result if isinstance(result, dict) else {}
+    verdict = "rejected" if isinstance(rejected, list) and name in rejected else "not rejected"
+    told = f"no p: {known['refused']}" if known.get("refused") else f"ln p = {known.get('log_p')}; of all tests together, it is {verdict}"
     files = [f"- `data/{name}/{file}`: {len(data):,} bytes, SHA-256 {sha256_hex(data)}" for file, data in bundle.data(name).items()]
     again = tests[plan.test].again if plan.test in tests else "This version of Stillroom does not know the test."
     return [

@@ -54,7 +54,7 @@ def students(count: int = 30, tokens: int = 400) -> list[Student[numpy.ndarray]]
     for number in range(count):
         generator = numpy.random.default_rng(number)
         said = numpy.minimum(generator.zipf(1.3, tokens), 2000)
-        found.append(Student(name=f"student {number}", kind="clean", sha256=digest("student", number, tokens), evidence=said))
+        found.append(Student(name=f"student {number}", kind="independent", sha256=digest("student", number, tokens), evidence=said))
     return found
 
 
@@ -145,6 +145,14 @@ def test_too_little_is_no_pass() -> None:
         assert "are needed" in failures[0]
 
 
+def test_kinds_are_counted() -> None:
+    some = [replace(student, kind=kind) for student, kind in zip(students(9, tokens=1), [*calibration.KINDS, *calibration.KINDS[:2]], strict=True)]
+    record = calibrate(Uniforms(), some, audits_per_student=1)
+    assert sum(record.kinds.values()) == 9
+    assert (record.kinds["independent"], record.kinds["marked-prompts"]) == (2, 1)
+    assert passing().kinds == {"independent": 30}
+
+
 def test_audits_that_refuse_are_counted_and_are_no_audits() -> None:
     record = calibrate(Uniforms(refuses=0.5), students(tokens=1), audits_per_student=334)
     assert sum(student.refused for student in record.students) + record.audits == 10_020
@@ -164,7 +172,7 @@ def test_canary_tests_hold_on_innocents_that_answer_as_they_like() -> None:
             generator = numpy.random.default_rng(number)
             answers = generator.choice(10, len(TRIGGERS), p=generator.dirichlet(numpy.full(10, 0.3)))
             scores = generator.integers(0, 4, (len(TRIGGERS), 10)).astype(float) if table else answers
-            found.append(Student(name=str(number), kind="clean", sha256=digest(number), evidence=scores))
+            found.append(Student(name=str(number), kind="independent", sha256=digest(number), evidence=scores))
         return found
 
     assert calibrate(NullHits(triggers=TRIGGERS, codes=codes), innocents(table=False), audits_per_student=334).failures == ()
@@ -194,7 +202,7 @@ def test_codes_that_an_owner_picks_by_taste_fail() -> None:
     people = [
         Student(
             name=str(number),
-            kind="clean",
+            kind="independent",
             sha256=digest(number),
             evidence=numpy.random.default_rng(number).choice(10, 10, p=[0.7, *[0.3 / 9] * 9]),
         )
@@ -206,7 +214,7 @@ def test_codes_that_an_owner_picks_by_taste_fail() -> None:
 def test_a_detector_can_be_audited_one_key_after_the_other() -> None:
     codes = CodeSet.numbers(1)
     answers = numpy.random.default_rng(0).integers(0, 10, len(TRIGGERS))
-    innocent = [Student(name="one", kind="clean", sha256=digest(0), evidence=answers)]
+    innocent = [Student(name="one", kind="independent", sha256=digest(0), evidence=answers)]
 
     def with_key(key: Key) -> Hits:
         return Hits(canaries=Canaries(triggers=TRIGGERS, codes=codes, key=key), nonce=bytes(32))
@@ -267,7 +275,8 @@ def test_a_discrete_p_is_compared_at_its_support() -> None:
 def passing(test: str = HITS, settings: Json | None = None) -> CalibrationRecord:
     """A record that passes, of made-up counts."""
     each = tuple(
-        Calibrated(name=f"student {n}", kind="clean", sha256=digest(n), audits=334, refused=0, rejections=(16, 3), distance=0.01) for n in range(30)
+        Calibrated(name=f"student {n}", kind="independent", sha256=digest(n), audits=334, refused=0, rejections=(16, 3), distance=0.01)
+        for n in range(30)
     )
     settings = Hits(canaries=CANARIES, nonce=bytes(32)).plan(alpha=0.05).settings if settings is None else settings
     return CalibrationRecord(
@@ -310,6 +319,7 @@ def test_a_record_is_read_as_it_was_written_and_any_byte_that_was_changed_is_fou
         {"distance": 2.0},
         {"sha256": "00"},
         {"name": "student 1"},
+        {"kind": "guilty"},
         {"rejections": (1,)},
         {"audits": 335},
     ],
@@ -446,7 +456,7 @@ def test_a_calibration_that_was_killed_goes_on(tmp_path: Path) -> None:
             def log_ps(self, evidence, keys):
                 time.sleep(0.05)
                 return [-float(key.secret[0] + 1) / 256 for key in keys]
-        some = [Student(name=str(n), kind="clean", sha256=f"{n:064x}", evidence=None) for n in range(40)]
+        some = [Student(name=str(n), kind="independent", sha256=f"{n:064x}", evidence=None) for n in range(40)]
         record = calibrate(Slow(), some, audits_per_student=100, progress=Path(sys.argv[1]), told=lambda done, of: print(done, flush=True))
         """
     )

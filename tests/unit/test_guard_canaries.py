@@ -180,6 +180,18 @@ def test_p_is_the_binomial_tail(right: int) -> None:
     assert finding.rejects is (exact <= 0.01)
 
 
+def test_a_negative_says_from_how_many_hits_on_it_would_reject() -> None:
+    """P13. Three of twenty at M = 1,000 for 1e-5, as in the reference; and none where the canaries are too few."""
+    assert canaries.hits_needed(20, 1000, 1e-5) == 3
+    assert canaries.hits_needed(20, 1000, 1e-6) == 4
+    assert canaries.hits_needed(200, 1000, 1e-9) == 8
+    assert canaries.hits_needed(3, 2, 0.01) is None
+    test = Hits(canaries=made(), nonce=NONCE)
+    plan = test.plan(alpha=0.001)
+    needed = test.test(plan, hits_of(test.canaries, 1)).details["hits_that_reject"]
+    assert [test.test(plan, hits_of(test.canaries, right)).rejects for right in (needed - 1, needed)] == [False, True]
+
+
 def test_an_answer_that_is_missing_is_a_miss_and_not_left_out() -> None:
     test = Hits(canaries=made(), nonce=NONCE)
     evidence = hits_of(test.canaries, 2)

@@ -69,7 +69,8 @@ TESTS = {**RECOMPUTED, "toy-sum": TOY}
 
 def passing(plan: Plan) -> CalibrationRecord:
     each = tuple(
-        Calibrated(name=f"student {n}", kind="clean", sha256=f"{n:064x}", audits=334, refused=0, rejections=(16, 3), distance=0.01) for n in range(30)
+        Calibrated(name=f"student {n}", kind="independent", sha256=f"{n:064x}", audits=334, refused=0, rejections=(16, 3), distance=0.01)
+        for n in range(30)
     )
     return CalibrationRecord(
         test=plan.test, settings=plan.settings, law="super-uniform", seed=0, students=each, distance=0.004, histogram=(501,) * 20,
@@ -272,6 +273,19 @@ def test_every_byte_of_a_zip_file_counts(bundle: Path, tmp_path: Path) -> None:
         for name, data in contents_of(bundle).items():
             file.writestr(name, data)
     assert not verified(path).holds
+
+
+def test_a_manifest_is_spelled_in_one_way_only(bundle: Path) -> None:
+    whole = contents_of(bundle)
+    manifest = whole["manifest.json"]
+    for other in (
+        manifest + b"\n",
+        b" " + manifest,
+        manifest.replace(b'"version":1', b'"version":1,"version":1'),
+        json.dumps(json.loads(manifest)).encode(),
+    ):
+        assert json.loads(other) == json.loads(manifest)
+        assert not all(check.holds for check in evidence._checked_files(bundle, whole | {"manifest.json": other}))
 
 
 def test_files_that_are_missing_or_more_are_named(bundle: Path) -> None:

@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
-from typing import Generic, Literal, NoReturn, Protocol, TypeAlias, TypeVar
+from typing import Generic, Literal, NoReturn, Protocol, TypeAlias, TypeVar, get_args
 
 import numpy
 import scipy
@@ -56,6 +56,10 @@ _AUDITS_PER_LINE = 100
 _DIGEST = re.compile("[0-9a-f]{64}")
 _KEY_DOMAIN = b"stillroom guard calibration 1\n"
 
+# Why a student is innocent: trained by itself; on the same teacher without its key, or with another; on another teacher; on the same other data; on other
+# answers of the same teacher than those that were served; or clean, and asked with prompts that carry the mark.
+Kind: TypeAlias = Literal["independent", "no-key", "other-key", "other-teacher", "same-data", "other-outputs", "marked-prompts"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 Law: TypeAlias = Literal["uniform", "super-uniform"]
 Progress: TypeAlias = Callable[[int, int], None]
 E = TypeVar("E")
@@ -64,12 +68,10 @@ C = TypeVar("C", contravariant=True)
 
 @dataclass(frozen=True, kw_only=True)
 class Student(Generic[E]):
-    """An innocent model's evidence. `kind` says why it is innocent, such as "clean", "same teacher without key", "other outputs of the same teacher";
-    `sha256` is a digest of what it is, by which it is known.
-    """
+    """An innocent model's evidence; `sha256` is a digest of what it is, by which it is known."""
 
     name: str
-    kind: str
+    kind: Kind
     sha256: str
     evidence: E
 
@@ -114,7 +116,7 @@ class Calibrated:
     """What came of one student: how many audits gave a p, how many refused, how many p's are <= each of `LEVELS`, and Smirnov's distance."""
 
     name: str
-    kind: str
+    kind: Kind
     sha256: str
     audits: int
     refused: int
@@ -147,6 +149,12 @@ class CalibrationRecord:
     def audits(self) -> int:
         """Those that gave a p."""
         return sum(student.audits for student in self.students)
+
+    @property
+    def kinds(self) -> dict[Kind, int]:
+        """How many students there are of each kind that there is."""
+        counted = {kind: sum(student.kind == kind for student in self.students) for kind in KINDS}
+        return {kind: count for kind, count in counted.items() if count}
 
     def rejections(self, level: float) -> int:
         """How many had p <= `level`, one of `LEVELS`."""
@@ -372,7 +380,7 @@ def _possible(record: CalibrationRecord) -> bool:
         distinct
         and len(students) > 0
         and all(isinstance(number, int) and number >= 0 for number in whole)
-        and all(_DIGEST.fullmatch(student.sha256) is not None for student in students)
+        and all(_DIGEST.fullmatch(student.sha256) is not None and student.kind in KINDS for student in students)
         and all(len(student.rejections) == len(LEVELS) and student.audits >= student.rejections[0] >= student.rejections[1] for student in students)
         and all(0.0 <= distance <= 1.0 for distance in (record.distance, *(student.distance for student in students)))
         and len(record.histogram) == _BINS

@@ -42,6 +42,7 @@ import json
 import math
 import re
 import unicodedata
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -258,6 +259,12 @@ def log_exposure_tail(total: int, canaries: int, codes: int) -> float:
     return min(0.0, math.log(float(numpy.clip(tilted, 0.0, None) @ weights)) - tilt * total + canaries * log_mass)
 
 
+def hits_needed(canaries: int, codes: int, alpha: float) -> int | None:
+    """The fewest hits whose p, of a test that is not sequential, is at most `alpha`: what fewer leave open. None where even all of them are too few."""
+    hits = bisect_left(range(canaries + 1), -math.log(alpha), key=lambda some: -laws.log_binomial_tail(canaries, 1.0 / codes, some))
+    return hits if hits <= canaries else None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Hits:
     """The test of how many triggers the suspect answers with their codes. P is P(Bin(J, 1/M) >= hits); sequential, the bets of `martingales`.
@@ -282,7 +289,7 @@ class Hits:
             return nothing_scored(plan, {"answered with no code": silent})
         hits_N = evidence == drawn_J[: len(evidence)]
         log_p, log_e = _of_hits(hits_N, codes, self.stopping)
-        details: Json = {"codes": codes, "answered_with_no_code": silent}
+        details: Json = {"codes": codes, "answered_with_no_code": silent, "hits_that_reject": hits_needed(len(hits_N), codes, plan.alpha)}
         return Finding(plan=plan, statistic=float(hits_N.sum()), scored=len(hits_N), log_p=log_p, log_e=log_e, details=details)
 
 

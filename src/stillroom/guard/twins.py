@@ -1,0 +1,469 @@
+"""The coin-flip twin test: does a suspect prefer the answers that were served to their twins, which were not?
+
+For some requests the teacher gave two answers, drawn alike, and a coin chose which of the two was served (`serving_log`). Take any number d_i that a
+suspect gives to the first text of pair i minus what it gives to the second, such as a mean log-likelihood per token under the suspect's own
+tokenizer. With e_i = +1 where the first was served and -1 where the second was, the statistic is T = sum of e_i o_i a_i, where o_i is the sign of d_i and
+a_i >= 0 a score of |d_i|: an integer, made of all |d| and of no coin. So T is odd in the coins: with every coin the other way round it is -T.
+
+**The null.** If the suspect, and how it was asked, do not depend on the coins, then given the pairs the e_i are fair and independent and everything else
+is fixed, whatever the suspect, its data, its tokenizer, the tails of d and the dependence between pairs. Then T has the law of a sum of independent +-a_i
+(`SignLaw`), and P(T >= what was seen) is the exact p. It is the primary one. Beside it stand the share of redrawn coins that do as well, (1 + #)/(M + 1),
+which checks it, and two bounds that need no computation of a law: Chernoff's, and the looser exp(-z^2/2) of self-normalised sums.
+
+**What it asks of the pairs.** They must not depend on the coins of other pairs. A conversation breaks this: its next prompt holds what was served before.
+So the proxy twins first turns only. Where later pairs may depend on earlier coins (people ask on where they were served well), the test over a fixed number of
+pairs is not exact: who stops, or asks for less, when it looks well has peeked. A plan with stopping "sequential" is: its e-value is
+the mean over some lambda of the products of exp(lambda x_i)/cosh(lambda x_i), where x_i = e_i o_i r_i and r_i is the rank of |d_i| among the first i, over i.
+Each factor has mean 1 given all that was before the coin i, so that the product is a martingale, and P(it ever reaches 1/alpha) <= alpha (Ville).
+
+**References.** What other models think of both texts says how different they are, not which was served. From d the mean difference under reference models is
+subtracted, times the least-squares coefficient, which is made of first-minus-second differences and so of no coin either.
+
+N pairs, R reference models, M redraws of the coins, L lambdas.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, NoReturn, TypeAlias
+
+import numpy
+from numpy.typing import NDArray
+from scipy import special
+
+from stillroom.core.errors import GuardError
+from stillroom.core.identities import Json
+from stillroom.guard.detector import Finding, Plan, nothing_scored
+from stillroom.guard.laws import log_binomial_tail
+from stillroom.guard.serving_log import Coins
+
+Floats: TypeAlias = NDArray[numpy.float64]
+Integers: TypeAlias = NDArray[numpy.int64]
+Scores: TypeAlias = Literal["ranks", "clipped"]
+
+LAMBDAS_L = 2.0 ** numpy.arange(-6, 2)
+_FLIPS_AT_ONCE = 1 << 22
+# The chance that the exact law and the redrawn coins are found to disagree where both are right.
+_FALSE_ALARM = 1e-6
+_ZERO = "pairs that the suspect does not tell apart"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TwinEvidence:
+    """What a suspect makes of pairs, in the order of the log: `differences_N` and `references_NR` are of the first text minus the second, whichever was
+    served. `accounts` are pseudonyms, `left_out` counts what is not among the pairs, by reason.
+
+    Raises GuardError 'guard-evidence' where lengths differ, a request comes twice or a number is not finite.
+    """
+
+    requests: tuple[str, ...]
+    epochs: tuple[int, ...]
+    accounts: tuple[str, ...]
+    differences_N: Floats
+    references_NR: Floats
+    left_out: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        count = len(self.requests)
+        lengths = (len(self.epochs), len(self.accounts), len(self.differences_N), len(self.references_NR))
+        if any(length != count for length in lengths) or self.differences_N.ndim != 1 or self.references_NR.ndim != 2:
+            _refuse(f"{count} requests with {lengths} epochs, accounts, differences and references", "one of each for each request")
+        if len(set(self.requests)) != count:
+            _refuse("a request that comes twice", "pairs of different requests: one coin counts once")
+        if not (numpy.isfinite(self.differences_N).all() and numpy.isfinite(self.references_NR).all()):
+            _refuse("a difference that is not finite", "finite numbers; a pair that could not be scored is left out and counted")
+
+    def of_accounts(self, accounts: frozenset[str], *, others: bool = False) -> TwinEvidence:
+        """Those pairs that were served to `accounts`; with `others` those that were not."""
+        kept_N = numpy.array([(account in accounts) != others for account in self.accounts], dtype=bool)
+
+        def of(values: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(value for value, keep in zip(values, kept_N, strict=True) if keep)
+
+        epochs = tuple(epoch for epoch, keep in zip(self.epochs, kept_N, strict=True) if keep)
+        return TwinEvidence(
+            requests=of(self.requests), epochs=epochs, accounts=of(self.accounts),
+            differences_N=self.differences_N[kept_N], references_NR=self.references_NR[kept_N],
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TwinTest:
+    """The test, with the coins of all epochs that pairs are of.
+
+    `statistic` says what the differences are of and `references` which models they are compared with; both are part of what is fixed before data.
+    `scores` "ranks" makes a_i the rank of |d_i|, in `levels` steps; "clipped" |d_i| itself up to `clip` times the median, in as many.
+    """
+
+    coins: tuple[Coins, ...]
+    statistic: str
+    references: tuple[str, ...] = ()
+    scores: Scores = "ranks"
+    levels: int = 64
+    clip: float = 4.0
+    flips: int = 9_999
+    stopping: Literal["fixed", "sequential"] = "fixed"
+
+    @property
+    def settings(self) -> Json:
+        """All that the statistic depends on beside differences and coins."""
+        if self.stopping == "sequential":
+            how: Json = {"scores": "sequential ranks", "lambdas": LAMBDAS_L.tolist()}
+        else:
+            how = {"scores": self.scores, "levels": self.levels, "flips": self.flips} | ({"clip": self.clip} if self.scores == "clipped" else {})
+        return {"statistic": self.statistic, "references": list(self.references), "stopping": self.stopping, **how}
+
+    def plan(self, *, alpha: float) -> Plan:
+        """The plan, which binds to the coins by their commitments."""
+        commitments = tuple(one.commitment for one in self.coins)
+        return Plan(test="twins", null="coin", alpha=alpha, settings=self.settings, commitments=commitments, stopping=self.stopping)
+
+    def test(self, plan: Plan, evidence: TwinEvidence) -> Finding:
+        """Of a fixed plan the exact p; of a sequential one the e-value of all pairs, in order, and the p 1/(the largest on the way)."""
+        _hold(plan, self.plan(alpha=plan.alpha))
+        if evidence.references_NR.shape[1] != len(self.references):
+            _refuse(f"{evidence.references_NR.shape[1]} references", f"differences under {len(self.references)} reference models, as planned")
+        signs_N = self._signs(evidence)
+        if self.stopping == "sequential":
+            return self._sequential(plan, evidence, signs_N)
+        residuals_N = residuals(evidence.differences_N, evidence.references_NR)
+        levels_N = self.levels_of(residuals_N)
+        left_out = dict(evidence.left_out) | {_ZERO: int((levels_N == 0).sum())}
+        if not levels_N.any():
+            return nothing_scored(plan, left_out)
+        return self._fixed(plan, signs_N, residuals_N, levels_N, left_out)
+
+    def levels_of(self, residuals_N: Floats) -> Integers:
+        """The scores a_i: functions of |d| alone."""
+        magnitudes_N = numpy.abs(residuals_N)
+        return rank_levels(magnitudes_N, self.levels) if self.scores == "ranks" else clipped_levels(magnitudes_N, self.levels, self.clip)
+
+    def _signs(self, evidence: TwinEvidence) -> Integers:
+        by_epoch = {one.epoch: one for one in self.coins}
+        if unknown := set(evidence.epochs) - by_epoch.keys():
+            _refuse(f"pairs of the epochs {sorted(unknown)}", "pairs of epochs whose coins were revealed")
+        served = [by_epoch[epoch].served(request) for request, epoch in zip(evidence.requests, evidence.epochs, strict=True)]
+        return 1 - 2 * numpy.array(served, dtype=numpy.int64)
+
+    def _fixed(self, plan: Plan, signs_N: Integers, residuals_N: Floats, levels_N: Integers, left_out: dict[str, int]) -> Finding:
+        signed_N = levels_N * numpy.sign(residuals_N).astype(numpy.int64)
+        total = int(signed_N @ signs_N)
+        law = SignLaw(levels_N)
+        log_p = law.log_tail(total)
+        as_good = flipped_as_good(levels_N, total, self.flips, seed=int(plan.sha256, 16))
+        z = total / math.sqrt(law.variance)
+        details = {
+            "sum": total,
+            "log_bound": law.log_bound(total),
+            "log_self_normalised_bound": -z * z / 2.0 if z > 0 else 0.0,
+            "mean_served_minus_twin": math.fsum(residuals_N * signs_N) / len(signs_N),
+            "flips_as_good": as_good,
+        }
+        return Finding(
+            plan=plan, statistic=z, scored=int((levels_N > 0).sum()), log_p=log_p, rank_p=(1 + as_good) / (1 + self.flips),
+            alarm=_disagreement(log_p, as_good, self.flips), left_out=left_out, details=details,
+        )  # fmt: skip
+
+    def _sequential(self, plan: Plan, evidence: TwinEvidence, signs_N: Integers) -> Finding:
+        residuals_N = running_residuals(evidence.differences_N, evidence.references_NR)
+        zero_N = residuals_N == 0
+        left_out = dict(evidence.left_out) | {_ZERO: int(zero_N.sum())}
+        if zero_N.all():
+            return nothing_scored(plan, left_out)
+        signed_N = numpy.sign(residuals_N) * sequential_ranks(numpy.abs(residuals_N))
+        path_N = log_e_path(signed_N * signs_N)
+        largest = float(path_N.max())
+        return Finding(
+            plan=plan, statistic=float(path_N[-1]), scored=int((~zero_N).sum()), log_p=min(0.0, -largest), log_e=float(path_N[-1]), left_out=left_out,
+            details={"largest_log_e": largest, "reached_after_pairs": int(path_N.argmax()) + 1},
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetedTwinTest:
+    """The test on what was served to each of some groups of accounts, which were named before: to whom was served what the suspect was trained on?
+
+    Each group's p is exact by itself, and Holm's (1979) correction holds the chance that any group is named wrongly to alpha. The finding's p is the
+    smallest after correction; its details name the groups whose null is rejected, and what the test says of all other pairs, the negative control.
+    """
+
+    twins: TwinTest
+    groups: Mapping[str, frozenset[str]]
+
+    def __post_init__(self) -> None:
+        members = [account for accounts in self.groups.values() for account in accounts]
+        if not self.groups or len(members) != len(set(members)):
+            _refuse("no group, or an account in two of them", "groups of accounts that share none")
+
+    def plan(self, *, alpha: float) -> Plan:
+        """The twin test's plan with the groups in it. Group by group calibration is that of the twin test."""
+        plan = self.twins.plan(alpha=alpha)
+        groups = {name: sorted(accounts) for name, accounts in self.groups.items()}
+        return replace(plan, test="twins by group", settings={**plan.settings, "groups": groups})
+
+    def test(self, plan: Plan, evidence: TwinEvidence) -> Finding:
+        """A group of which there is nothing to score is not named, and counts in the correction like any other."""
+        _hold(plan, self.plan(alpha=plan.alpha))
+        single = self.twins.plan(alpha=plan.alpha)
+        findings = {name: self.twins.test(single, evidence.of_accounts(accounts)) for name, accounts in self.groups.items()}
+        rest = self.twins.test(single, evidence.of_accounts(frozenset().union(*self.groups.values()), others=True))
+        left_out = dict(evidence.left_out)
+        if all(finding.refused is not None for finding in findings.values()):
+            return nothing_scored(plan, left_out | {"pairs of no group": len(evidence.requests)})
+        adjusted = dict(zip(findings, holm([_log_p(finding) for finding in findings.values()]), strict=True))
+        smallest = min(adjusted, key=lambda name: adjusted[name])
+        alarms = [f"{name}: {finding.alarm}" for name, finding in {**findings, "the rest": rest}.items() if finding.alarm is not None]
+        details = {
+            "attributed": [name for name, log_p in adjusted.items() if log_p <= math.log(plan.alpha)],
+            "groups": {name: _summary(finding) | {"adjusted_log_p": adjusted[name]} for name, finding in findings.items()},
+            "rest": _summary(rest),
+        }
+        return Finding(
+            plan=plan, statistic=findings[smallest].statistic, scored=sum(finding.scored for finding in findings.values()),
+            log_p=adjusted[smallest], alarm="; ".join(alarms) or None, left_out=left_out, details=details,
+        )  # fmt: skip
+
+
+class SignLaw:
+    """The law of T = sum of +-a_i with independent fair signs, for integers a_i >= 0: exact but for rounding, at any size of tail.
+
+    The law is tilted so that its mean is where the tail begins, where it is computed from its characteristic function by one FFT, and tilted back
+    (relative error about 1e-12; tests compare it with counting all signs in whole numbers). An FFT without tilt would lose every tail below 1e-16.
+    """
+
+    def __init__(self, levels_N: Integers) -> None:
+        if len(levels_N) and int(levels_N.min()) < 0:
+            raise ValueError("scores are not negative")
+        values, counts = numpy.unique(levels_N[levels_N > 0], return_counts=True)
+        self._values, self._counts = values.astype(numpy.float64), counts.astype(numpy.float64)
+        self._largest = int((values * counts).sum())
+        self.variance = int((values * values * counts).sum())
+
+    def log_tail(self, total: int) -> float:
+        """Ln P(T >= total); -inf beyond the largest value."""
+        if total > self._largest:
+            return -math.inf
+        if total <= -self._largest:
+            return 0.0
+        # T has the parity of its largest value.
+        total += (total - self._largest) % 2
+        if total == self._largest:
+            return -float(self._counts.sum()) * math.log(2.0)
+        if total <= 0:
+            return math.log1p(-math.exp(self.log_tail(2 - total)))
+        tilt = self._tilt(total)
+        steps = self._tilted_law(tilt, total)
+        weights = numpy.exp(-2.0 * tilt * numpy.arange(len(steps)))
+        return self._log_moment(tilt) - tilt * total + math.log(math.fsum(steps * weights))
+
+    def log_bound(self, total: int) -> float:
+        """Chernoff's bound of ln P(T >= total), min over x of sum of ln cosh(x a_i) - x total: never above -z^2/2, which ln cosh(x) <= x^2/2 gives."""
+        if total >= self._largest:
+            return self.log_tail(total)
+        if total <= 0:
+            return 0.0
+        tilt = self._tilt(total)
+        return min(0.0, self._log_moment(tilt) - tilt * total)
+
+    def _tilt(self, total: int) -> float:
+        """Where the tilted law's mean, sum of a tanh(x a), is `total`."""
+        low, high = 0.0, 1.0
+        while self._tilted_mean(high) < total:
+            high *= 2.0
+        for _ in range(60):
+            middle = (low + high) / 2.0
+            low, high = (middle, high) if self._tilted_mean(middle) < total else (low, middle)
+        return high
+
+    def _tilted_mean(self, tilt: float) -> float:
+        return math.fsum(self._counts * self._values * numpy.tanh(tilt * self._values))
+
+    def _log_moment(self, tilt: float) -> float:
+        x = tilt * self._values
+        return math.fsum(self._counts * (x + numpy.log1p(numpy.exp(-2.0 * x)) - math.log(2.0)))
+
+    def _tilted_law(self, tilt: float, total: int) -> Floats:
+        """The tilted probabilities of total, total + 2, ..., as far as they matter."""
+        # Hoeffding: beyond half a period from its mean the tilted law of T/2 has less than exp(-42) of its mass, which alone wraps around.
+        period = 1 << max(6, math.ceil(math.log2(2.0 * math.sqrt(21.0 * self.variance) + 4.0)))
+        frequencies = numpy.arange(period // 2 + 1) * (2.0 * math.pi / period)
+        logarithm = numpy.zeros(len(frequencies), dtype=numpy.complex128)
+        for value, count in zip(self._values, self._counts, strict=True):
+            up = float(special.expit(2.0 * tilt * value))
+            turned = numpy.exp(1j * numpy.mod(frequencies * value, 2.0 * math.pi))
+            with numpy.errstate(divide="ignore"):
+                logarithm += count * numpy.log((1.0 - up) + up * turned)
+        # (T + largest)/2 begins at 0; the tail begins at `first`, which is turned to place 0.
+        first = (total + self._largest) // 2
+        turn = numpy.exp(-1j * numpy.mod(frequencies * (first % period), 2.0 * math.pi))
+        probabilities = numpy.fft.irfft(numpy.conj(numpy.exp(logarithm) * turn), n=period)
+        return numpy.maximum(probabilities[: period // 2], 0.0)
+
+
+def rank_levels(magnitudes_N: Floats, levels: int) -> Integers:
+    """The rank of each magnitude among those that are not zero, ties at their mean, in `levels` steps from 1 up; 0 for zero."""
+    found_N = numpy.zeros(len(magnitudes_N), dtype=numpy.int64)
+    present = magnitudes_N > 0
+    if present.any():
+        _, places, counts = numpy.unique(magnitudes_N[present], return_inverse=True, return_counts=True)
+        ranks = numpy.cumsum(counts) - (counts - 1) / 2.0
+        found_N[present] = numpy.maximum(1, numpy.rint(ranks[places] * levels / present.sum())).astype(numpy.int64)
+    return found_N
+
+
+def clipped_levels(magnitudes_N: Floats, levels: int, clip: float) -> Integers:
+    """Each magnitude, at most `clip` times the median of those that are not zero, in `levels` steps."""
+    present = magnitudes_N[magnitudes_N > 0]
+    if not len(present):
+        return numpy.zeros(len(magnitudes_N), dtype=numpy.int64)
+    most = clip * float(numpy.median(present))
+    return numpy.rint(levels * (numpy.minimum(magnitudes_N, most) / most)).astype(numpy.int64)
+
+
+def residuals(differences_N: Floats, references_NR: Floats) -> Floats:
+    """Differences less what the references' mean explains of them, by one coefficient for all."""
+    if not references_NR.shape[1] or not len(differences_N):
+        return differences_N
+    mean_N, coefficients_N = _explained(differences_N, references_NR)
+    return differences_N - coefficients_N[-1] * mean_N
+
+
+def running_residuals(differences_N: Floats, references_NR: Floats) -> Floats:
+    """The same with the coefficient of the pairs up to each: nothing that comes later enters."""
+    if not references_NR.shape[1]:
+        return differences_N
+    mean_N, coefficients_N = _explained(differences_N, references_NR)
+    return differences_N - coefficients_N * mean_N
+
+
+def _explained(differences_N: Floats, references_NR: Floats) -> tuple[Floats, Floats]:
+    """The references' mean, and the least-squares coefficient of the pairs up to each; cumulative sums have one order on every machine."""
+    mean_N = numpy.cumsum(references_NR, axis=1)[:, -1] / references_NR.shape[1]
+    squares_N = numpy.cumsum(mean_N * mean_N)
+    products_N = numpy.cumsum(mean_N * differences_N)
+    return mean_N, numpy.divide(products_N, squares_N, out=numpy.zeros_like(squares_N), where=squares_N > 0)
+
+
+def flipped_as_good(levels_N: Integers, total: int, flips: int, *, seed: int) -> int:
+    """In how many of `flips` redraws of all coins the sum is at least `total`."""
+    generator = numpy.random.Generator(numpy.random.Philox(numpy.random.SeedSequence(seed)))
+    scored = levels_N[levels_N > 0].astype(numpy.float64)
+    least = (total + float(scored.sum())) / 2.0
+    at_once = max(1, _FLIPS_AT_ONCE // max(1, len(scored)))
+    found = 0
+    for begin in range(0, flips, at_once):
+        heads_MN = generator.integers(2, size=(min(at_once, flips - begin), len(scored)), dtype=numpy.uint8)
+        # Sums of whole numbers below 2**53 are exact in any order.
+        found += int((heads_MN.astype(numpy.float64) @ scored >= least).sum())
+    return found
+
+
+def sequential_ranks(magnitudes_N: Floats) -> Floats:
+    """The rank of each magnitude among those up to it that are not zero, ties at their mean, over their number; 0 for zero."""
+    seen: list[float] = []
+    found_N = numpy.zeros(len(magnitudes_N))
+    for place, magnitude in enumerate(magnitudes_N.tolist()):
+        if magnitude > 0:
+            bisect.insort(seen, magnitude)
+            found_N[place] = (bisect.bisect_left(seen, magnitude) + bisect.bisect_right(seen, magnitude) + 1) / 2.0 / len(seen)
+    return found_N
+
+
+def log_e_path(signed_N: Floats) -> Floats:
+    """Ln of the test martingale after each pair, of x_i whose signs are fair given all before; leading axes are audits of their own."""
+    x = signed_N[..., None, :] * LAMBDAS_L[:, None]
+    log_factors = x - (numpy.abs(x) + numpy.log1p(numpy.exp(-2.0 * numpy.abs(x))) - math.log(2.0))
+    return numpy.asarray(special.logsumexp(numpy.cumsum(log_factors, axis=-1), axis=-2) - math.log(len(LAMBDAS_L)))
+
+
+def holm(log_ps: Sequence[float]) -> list[float]:
+    """Holm's adjusted p-values, in natural logarithms and in the order given: with those <= alpha rejected, any true null is with chance <= alpha."""
+    adjusted = [0.0] * len(log_ps)
+    largest = -math.inf
+    for done, place in enumerate(sorted(range(len(log_ps)), key=lambda place: log_ps[place])):
+        largest = max(largest, min(0.0, log_ps[place] + math.log(len(log_ps) - done)))
+        adjusted[place] = largest
+    return adjusted
+
+
+def words(text: str) -> list[str]:
+    """A text's words, for comparing texts across tokenizers."""
+    return text.split()
+
+
+def lcs_ratio(sample: Sequence[str], text: Sequence[str]) -> float:
+    """Twice the length of the longest common subsequence over the sum of lengths (ROUGE-L's F1); 0 where both are empty."""
+    together = len(sample) + len(text)
+    return 2.0 * lcs_length(sample, text) / together if together else 0.0
+
+
+def lcs_length(one: Sequence[str], other: Sequence[str]) -> int:
+    """Of the longest common subsequence, with one bit for each word of `one` (Hyyrö 2004)."""
+    masks: dict[str, int] = {}
+    for place, word in enumerate(one):
+        masks[word] = masks.get(word, 0) | (1 << place)
+    whole = (1 << len(one)) - 1
+    row = whole
+    for word in other:
+        matched = row & masks.get(word, 0)
+        row = ((row + matched) | (row - matched)) & whole
+    return len(one) - row.bit_count()
+
+
+def containment(sample: Sequence[str], text: Sequence[str], n: int = 3) -> float:
+    """The share of the text's different n-grams that the sample has; 0 where it has none."""
+    inside, wanted = ({tuple(found[at : at + n]) for at in range(len(found) - n + 1)} for found in (sample, text))
+    return len(inside & wanted) / len(wanted) if wanted else 0.0
+
+
+def agreement_difference(
+    samples: Sequence[str], first: str, second: str, measure: Callable[[Sequence[str], Sequence[str]], float] = lcs_ratio
+) -> float:
+    """By how much a suspect's samples for the prompt agree more with the first text than with the second, on average; for suspects that show text alone."""
+    if not samples:
+        raise ValueError("no samples of the suspect")
+    first_words, second_words = words(first), words(second)
+    return math.fsum(measure(words(sample), first_words) - measure(words(sample), second_words) for sample in samples) / len(samples)
+
+
+def _disagreement(log_p: float, as_good: int, flips: int) -> str | None:
+    """Whether so many redraws would do as well if the law's p were right: the two are computed apart, and one of them is wrong."""
+    p = math.exp(log_p)
+    if not 0.0 < p < 1.0:
+        unlikely = as_good > 0 if p == 0.0 else as_good < flips
+    else:
+        tails = log_binomial_tail(flips, p, as_good), log_binomial_tail(flips, 1.0 - p, flips - as_good)
+        unlikely = min(tails) < math.log(_FALSE_ALARM / 2.0)
+    return f"{as_good:,} of {flips:,} redraws of the coins do as well, which does not go with the exact law's p" if unlikely else None
+
+
+def _log_p(finding: Finding) -> float:
+    return 0.0 if finding.log_p is None else finding.log_p
+
+
+def _summary(finding: Finding) -> Json:
+    return {"scored": finding.scored, "log_p": finding.log_p, "statistic": finding.statistic, "refused": finding.refused}
+
+
+def _hold(plan: Plan, expected: Plan) -> None:
+    if plan != expected:
+        raise GuardError(
+            "guard-plan",
+            found=f"a plan {plan.sha256[:16]} of {plan.test}",
+            expected=f"the plan {expected.sha256[:16]} of this test, with its settings and its coins",
+            why="a test that is chosen after the data have been seen proves nothing",
+            do="Run the test that was planned; plan another one for other data.",
+        )
+
+
+def _refuse(found: str, expected: str) -> NoReturn:
+    raise GuardError(
+        "guard-evidence",
+        found=found,
+        expected=expected,
+        why="the law of the test is that of other evidence",
+        do="Make the evidence from the serving log again.",
+    )

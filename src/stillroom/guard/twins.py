@@ -328,7 +328,7 @@ def residuals(differences_N: Floats, references_NR: Floats) -> Floats:
     if not references_NR.shape[1] or not len(differences_N):
         return differences_N
     mean_N, coefficients_N = _explained(differences_N, references_NR)
-    return differences_N - coefficients_N[-1] * mean_N
+    return differences_N - float(coefficients_N[-1]) * mean_N
 
 
 def running_residuals(differences_N: Floats, references_NR: Floats) -> Floats:
@@ -376,7 +376,8 @@ def log_e_path(signed_N: Floats) -> Floats:
     """Ln of the test martingale after each pair, of x_i whose signs are fair given all before; leading axes are audits of their own."""
     x = signed_N[..., None, :] * LAMBDAS_L[:, None]
     log_factors = x - (numpy.abs(x) + numpy.log1p(numpy.exp(-2.0 * numpy.abs(x))) - math.log(2.0))
-    return numpy.asarray(special.logsumexp(numpy.cumsum(log_factors, axis=-1), axis=-2) - math.log(len(LAMBDAS_L)))
+    mean: Floats = special.logsumexp(numpy.cumsum(log_factors, axis=-1), axis=-2) - math.log(len(LAMBDAS_L))
+    return mean
 
 
 def holm(log_ps: Sequence[float]) -> list[float]:

@@ -1,0 +1,504 @@
+"""The twin test against counting and theory: its law is that of all coins, its null holds whatever the differences are, and what breaks it is shown to."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+from dataclasses import replace
+from fractions import Fraction
+from typing import Any
+
+import numpy
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stillroom.core.errors import GuardError
+from stillroom.guard.keys import Key
+from stillroom.guard.laws import log_binomial_tail
+from stillroom.guard.serving_log import Coins
+from stillroom.guard.twins import (
+    Floats,
+    Integers,
+    SignLaw,
+    TargetedTwinTest,
+    TwinEvidence,
+    TwinTest,
+    agreement_difference,
+    clipped_levels,
+    containment,
+    flipped_as_good,
+    holm,
+    lcs_length,
+    lcs_ratio,
+    log_e_path,
+    rank_levels,
+    residuals,
+    running_residuals,
+    sequential_ranks,
+    words,
+)
+
+KEY = Key(hashlib.sha256(b"a key for tests of the twin test").digest())
+COINS = Coins.of(KEY, 0)
+TEST = TwinTest(coins=(COINS,), statistic="log-likelihood", flips=999)
+UNLIKELY = math.log(1e-6)
+
+
+def generator(seed: int) -> numpy.random.Generator:
+    return numpy.random.Generator(numpy.random.Philox(seed))
+
+
+def names(count: int) -> tuple[str, ...]:
+    return tuple(f"0123456789abcdef-{number}" for number in range(count))
+
+
+def signs_of(requests: tuple[str, ...], coins: Coins = COINS) -> Integers:
+    return 1 - 2 * numpy.array([coins.served(request) for request in requests])
+
+
+def evidence(differences: Any, references: Any = None, **more: Any) -> TwinEvidence:
+    """Pairs with these first-minus-second differences."""
+    found = numpy.asarray(differences, dtype=numpy.float64)
+    given = numpy.zeros((len(found), 0)) if references is None else numpy.asarray(references, dtype=numpy.float64)
+    facts: dict[str, Any] = {"requests": names(len(found)), "epochs": (0,) * len(found), "accounts": ("a",) * len(found)}
+    return TwinEvidence(differences_N=found, references_NR=given, **(facts | more))
+
+
+def fair_signs(seed: int, audits: int, pairs: int) -> Integers:
+    return 2 * generator(seed).integers(2, size=(audits, pairs)) - 1
+
+
+def too_many(rejected: int, audits: int, alpha: float) -> bool:
+    """A count that a test of level alpha has less often than once in a million."""
+    return log_binomial_tail(audits, alpha, rejected) < UNLIKELY
+
+
+# --- the law
+
+
+def counted(levels: list[int]) -> dict[int, Fraction]:
+    """P(T = t) by counting in whole numbers."""
+    law = {0: 1}
+    for level in levels:
+        following: dict[int, int] = {}
+        for total, ways in law.items():
+            for sign in (1, -1):
+                following[total + sign * level] = following.get(total + sign * level, 0) + ways
+        law = following
+    return {total: Fraction(ways, 2 ** len(levels)) for total, ways in law.items()}
+
+
+def log_of(p: Fraction) -> float:
+    """Also where it is no float64."""
+    return math.log(p.numerator) - math.log(p.denominator)
+
+
+@pytest.mark.parametrize("levels", [[1], [3], [1, 1], [2, 4, 6], [0, 5, 0, 1], [7] * 40, list(range(1, 30)), [1] * 60 + [9] * 3, [64] * 25 + [1, 2]])
+def test_every_tail_is_the_counted_one(levels: list[int]) -> None:
+    law = SignLaw(numpy.array(levels))
+    counts = counted(levels)
+    tail, largest = Fraction(0), sum(levels)
+    assert law.log_tail(largest + 1) == -math.inf
+    for total in range(largest, -largest - 2, -1):
+        tail += counts.get(total, Fraction(0))
+        assert law.log_tail(total) == pytest.approx(log_of(tail), rel=1e-12, abs=1e-12)
+        assert law.log_bound(total) >= law.log_tail(total) - 1e-12
+        if total > 0:
+            assert law.log_bound(total) <= -(total**2) / (2 * law.variance) + 1e-12
+    assert tail == 1
+
+
+def test_a_tail_far_below_the_least_float_is_right() -> None:
+    law = SignLaw(numpy.ones(4000, dtype=numpy.int64))  # binomial, whose exact tail is known otherwise
+    for heads in (2001, 2500, 3500, 3999, 4000):
+        assert law.log_tail(2 * heads - 4000) == pytest.approx(log_binomial_tail(4000, 0.5, heads), rel=1e-9)
+
+
+def test_the_signed_rank_law_is_wilcoxons() -> None:
+    """The table of Wilcoxon (1945) and after: P(W+ >= 45) for 10 pairs is 0.0420, P(W+ >= 50) = 0.00977."""
+    law = SignLaw(rank_levels(numpy.arange(1.0, 11.0), 10))
+    assert math.exp(law.log_tail(2 * 45 - 55)) == pytest.approx(43 / 1024)
+    assert math.exp(law.log_tail(2 * 50 - 55)) == pytest.approx(10 / 1024)
+
+
+def test_redrawn_coins_follow_the_law() -> None:
+    levels = rank_levels(numpy.abs(generator(0).standard_cauchy(300)), 64)
+    law = SignLaw(levels)
+    total = int(1.5 * math.sqrt(law.variance))
+    found = flipped_as_good(levels, total, 20_000, seed=1)
+    p = math.exp(law.log_tail(total))
+    assert not too_many(found, 20_000, p)
+    assert not too_many(20_000 - found, 20_000, 1 - p)
+    assert found == flipped_as_good(levels, total, 20_000, seed=1)
+    assert flipped_as_good(levels, -int(levels.sum()), 100, seed=1) == 100
+    assert flipped_as_good(levels, int(levels.sum()) + 1, 100, seed=1) == 0
+
+
+# --- scores
+
+
+def test_levels_are_of_magnitudes_alone() -> None:
+    assert rank_levels(numpy.array([0.0, 3.0, 1.0, 3.0, 2.0]), 4).tolist() == [0, 4, 1, 4, 2]
+    assert rank_levels(numpy.zeros(3), 4).tolist() == [0, 0, 0]
+    assert rank_levels(numpy.array([]), 4).tolist() == []
+    assert rank_levels(generator(0).random(1000), 64).min() >= 1
+    assert clipped_levels(numpy.array([0.0, 1.0, 2.0, 3.0, 1e300]), 10, 2.0).tolist() == [0, 2, 4, 6, 10]
+    assert clipped_levels(numpy.zeros(2), 10, 2.0).tolist() == [0, 0]
+    assert sequential_ranks(numpy.array([2.0, 1.0, 0.0, 2.0, 9.0])).tolist() == [1.0, 0.5, 0.0, 2.5 / 3, 1.0]
+
+
+def test_references_take_out_what_they_explain_and_no_coin() -> None:
+    draws = generator(3)
+    shared = draws.standard_normal(500)
+    differences, references = 2.0 * shared + 0.1 * draws.standard_normal(500), (shared + 0.01 * draws.standard_normal(500))[:, None]
+    assert float(numpy.std(residuals(differences, references))) < 0.15
+    flips = numpy.where(fair_signs(4, 1, 500)[0] > 0, 1.0, -1.0)
+    for explained in (residuals, running_residuals):
+        # The two texts of a pair named the other way round: the pair's residual changes its sign, and no other changes at all.
+        assert numpy.array_equal(explained(differences * flips, references * flips[:, None]), explained(differences, references) * flips)
+    assert numpy.array_equal(running_residuals(differences, references)[:100], running_residuals(differences[:100], references[:100]))
+    assert residuals(differences, numpy.zeros((500, 2))).tolist() == differences.tolist()
+
+
+# --- the test
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    differences=st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=40),
+    scores=st.sampled_from(["ranks", "clipped"]),
+    with_references=st.booleans(),
+)
+def test_with_every_coin_the_other_way_round_the_statistic_is_the_negative(differences: list[float], scores: Any, with_references: bool) -> None:
+    """First and second exchanged in every pair is the same as all coins flipped."""
+    references = numpy.outer(numpy.arange(len(differences)) - 3.0, [1.0, 2.0]) if with_references else numpy.zeros((len(differences), 0))
+    test = replace(TEST, scores=scores, references=("one", "two") if with_references else (), flips=9)
+    plan = test.plan(alpha=0.01)
+    one = test.test(plan, evidence(differences, references))
+    other = test.test(plan, evidence([-difference for difference in differences], -references))
+    if one.refused is not None:
+        assert other.refused is not None
+        return
+    assert other.details["sum"] == -one.details["sum"]
+    assert other.statistic == -one.statistic  # type: ignore[operator]
+
+
+def test_the_finding_is_what_all_coins_say() -> None:
+    """Twelve pairs, all 4,096 coins, by hand."""
+    differences = numpy.array([0.3, -1.2, 0.8, 2.2, -0.1, 0.9, 1.1, -0.7, 4.0, 0.2, -0.6, 0.5])
+    test = replace(TEST, levels=12)
+    finding = test.test(test.plan(alpha=0.05), evidence(differences))
+    ranks = numpy.argsort(numpy.argsort(numpy.abs(differences))) + 1
+    signed = ranks * numpy.sign(differences)
+    total = float(signed @ signs_of(names(12)))
+    as_good = sum(float(signed @ numpy.array(signs)) >= total for signs in itertools.product((1, -1), repeat=12))
+    assert finding.log_p == pytest.approx(math.log(as_good / 4096))
+    assert finding.statistic == pytest.approx(total / math.sqrt(float((ranks**2).sum())))
+    assert finding.details["mean_served_minus_twin"] == pytest.approx(float(differences @ signs_of(names(12))) / 12)
+    assert finding.rank_p is not None
+    assert abs(finding.rank_p - as_good / 4096) < 0.1
+    assert finding.details["log_bound"] <= finding.details["log_self_normalised_bound"]
+    assert (finding.scored, finding.alarm) == (12, None)
+    json.dumps(finding.as_json(), allow_nan=False)
+
+
+def test_a_suspect_that_prefers_what_was_served_is_found_and_one_that_does_not_is_not() -> None:
+    requests = names(2000)
+    noise = generator(5).standard_normal(2000)
+    plan = TEST.plan(alpha=1e-6)
+    assert not TEST.test(plan, evidence(noise)).rejects
+    used = evidence(noise + 0.3 * signs_of(requests))
+    finding = TEST.test(plan, used)
+    assert finding.rejects
+    assert finding.rank_p == 1 / 1000
+    other = TwinTest(coins=(Coins.of(KEY, 1),), statistic="log-likelihood", flips=999)  # coins that were not those of these pairs
+    assert not other.test(other.plan(alpha=1e-6), replace(used, epochs=(1,) * 2000)).rejects
+
+
+def test_what_cannot_be_tested_is_refused() -> None:
+    plan = TEST.plan(alpha=0.01)
+    for nothing in ([], [0.0], [0.0] * 50):
+        for test in (TEST, replace(TEST, scores="clipped"), replace(TEST, stopping="sequential")):
+            finding = test.test(test.plan(alpha=0.01), evidence(nothing, left_out={"equal pairs": 3}))
+            assert finding.refused is not None
+            assert (finding.log_p, finding.log_e, finding.rejects) == (None, None, False)
+            assert "equal pairs" in finding.refused
+    finding = TEST.test(plan, evidence([1.0, 0.0]))
+    assert (finding.scored, finding.left_out["pairs that the suspect does not tell apart"]) == (1, 1)
+    assert finding.log_p in (0.0, pytest.approx(math.log(0.5)))
+    for wrong in (replace(TEST, statistic="another"), replace(TEST, levels=32), replace(TEST, coins=()), replace(TEST, stopping="sequential")):
+        with pytest.raises(GuardError) as raised:
+            wrong.test(plan, evidence([1.0]))
+        assert raised.value.code == "guard-plan"
+    with pytest.raises(GuardError, match="references"):
+        TEST.test(plan, evidence([1.0], [[1.0]]))
+    with pytest.raises(GuardError, match="epochs"):
+        TEST.test(plan, evidence([1.0], epochs=(4,)))
+    for change in ({"requests": ("a", "a")}, {"requests": ("a",)}, {"epochs": (0,)}, {"accounts": ()}):
+        with pytest.raises(GuardError):
+            evidence([1.0, 2.0], **change)
+    for wrong_number in (math.nan, math.inf):
+        with pytest.raises(GuardError, match="finite"):
+            evidence([wrong_number])
+        with pytest.raises(GuardError, match="finite"):
+            evidence([1.0], [[wrong_number]])
+
+
+def test_the_coins_are_bound_by_the_plan() -> None:
+    assert TEST.plan(alpha=0.01).commitments == (COINS.commitment,)
+    assert TEST.plan(alpha=0.01).calibrated_as == replace(TEST, coins=(Coins.of(KEY, 9),)).plan(alpha=0.1).calibrated_as
+
+
+def test_a_law_that_does_not_go_with_the_redrawn_coins_raises_an_alarm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bug in either would be seen: here the law is made a normal one of half the width."""
+    monkeypatch.setattr(SignLaw, "log_tail", lambda law, total: math.log(math.erfc(total / math.sqrt(law.variance) / math.sqrt(0.5)) / 2))
+    finding = TEST.test(TEST.plan(alpha=0.05), evidence(generator(6).standard_normal(300) + 0.15 * signs_of(names(300))))
+    assert finding.alarm is not None
+    assert not finding.rejects
+
+
+# --- validity: 10,000 audits whose coins are redrawn over fixed differences
+
+
+def normal(pairs: int) -> Floats:
+    return generator(10).standard_normal(pairs)
+
+
+def heavy(pairs: int) -> Floats:
+    return generator(11).standard_cauchy(pairs) ** 3
+
+
+def dependent(pairs: int) -> Floats:
+    """Blocks of one magnitude, as of one prompt asked often, with a common drift."""
+    return numpy.repeat(generator(12).standard_normal(pairs // 10), 10) + 0.5
+
+
+@pytest.mark.parametrize("scores", ["ranks", "clipped"])
+@pytest.mark.parametrize("differences", [normal, heavy, dependent])
+def test_null_audits_reject_as_often_as_they_say(differences: Any, scores: Any) -> None:
+    """Of 10,000 audits no more than the exact region allows reject, by any of the ps; the exact one rejects no fewer either."""
+    audits, pairs = 10_000, 60
+    fixed = differences(pairs)
+    levels = replace(TEST, scores=scores, levels=16).levels_of(fixed)
+    totals = fair_signs(20, audits, pairs) @ (levels * numpy.sign(fixed).astype(numpy.int64))
+    law = SignLaw(levels)
+    values = sorted(set(totals.tolist()))
+    tails = {total: law.log_tail(total) for total in values}
+    bounds = {total: law.log_bound(total) for total in values}
+    log_p = numpy.array([tails[total] for total in totals.tolist()])
+    for alpha in (0.05, 0.01):
+        reached = math.exp(max(tail for tail in tails.values() if tail <= math.log(alpha)))  # the law is discrete: its size is at most alpha
+        rejected = int((log_p <= math.log(alpha)).sum())
+        assert not too_many(rejected, audits, reached)
+        assert not too_many(audits - rejected, audits, 1.0 - reached)
+        bounded = numpy.array([bounds[total] for total in totals.tolist()])
+        assert not too_many(int((bounded <= math.log(alpha)).sum()), audits, alpha)
+        z = totals / math.sqrt(law.variance)
+        assert not too_many(int(((z > 0) & (-z * z / 2 <= math.log(alpha))).sum()), audits, alpha)
+
+
+def test_redrawn_coins_give_a_p_and_their_bare_share_does_not() -> None:
+    """(1 + #)/(M + 1) is exact as the rank of what was seen among M + 1 exchangeable sums; #/M is 0 once in M + 1 audits."""
+    audits, redraws = 4000, 19
+    levels = rank_levels(numpy.abs(heavy(60)), 16)
+    draws = generator(21)
+    as_good = numpy.zeros(audits, dtype=numpy.int64)
+    seen = fair_signs(22, audits, 60) @ levels
+    for _ in range(redraws):
+        as_good += (2 * draws.integers(2, size=(audits, 60)) - 1) @ levels >= seen
+    for alpha in (0.05, 0.01):
+        assert not too_many(int(((1 + as_good) / (1 + redraws) <= alpha).sum()), audits, alpha)
+    assert too_many(int((as_good / redraws <= 0.01).sum()), audits, 0.01)
+
+
+def test_the_keys_own_coins_give_null_audits_too() -> None:
+    """300 keys, and the test as it is run: rejections at 0.05 within the exact region."""
+    fixed = heavy(40)
+    found = 0
+    for number in range(300):
+        test = TwinTest(coins=(Coins.of(KEY, number + 1),), statistic="log-likelihood", flips=1, levels=16)
+        finding = test.test(test.plan(alpha=0.05), evidence(fixed, epochs=(number + 1,) * 40))
+        found += finding.log_p is not None and finding.log_p <= math.log(0.05)
+    assert not too_many(found, 300, 0.05)
+
+
+def test_a_t_test_would_not_hold_where_this_does() -> None:
+    """One pair that dwarfs all others: the normal approximation has its size wrong, the law of the coins has not."""
+    fixed = numpy.append(numpy.full(9, 0.3), 3.0)
+    levels = numpy.rint(numpy.abs(fixed) * 10).astype(numpy.int64)
+    audits = 4000
+    totals = fair_signs(30, audits, 10) @ levels
+    law = SignLaw(levels)
+    z = totals / math.sqrt(law.variance)
+    assert too_many(int((z >= 0.8416).sum()), audits, 0.2)  # nominal 0.2; of all coins 0.37 give z >= 0.84
+    exact = numpy.array([law.log_tail(total) for total in totals.tolist()])
+    assert not too_many(int((exact <= math.log(0.2)).sum()), audits, 0.2)
+
+
+# --- P7, P8, and pairs that depend on earlier coins
+
+
+def test_peeking_makes_a_valid_p_invalid_and_the_e_value_stays_valid() -> None:
+    """P7: looks after every 20 of 200 pairs, and a stop at the first p <= 0.05."""
+    audits, pairs = 2000, 200
+    fixed = normal(pairs)
+    signs = fair_signs(40, audits, pairs)
+    peeked = numpy.zeros(audits, dtype=bool)
+    for seen in range(20, pairs + 1, 20):
+        levels = rank_levels(numpy.abs(fixed[:seen]), 16)
+        totals = signs[:, :seen] @ (levels * numpy.sign(fixed[:seen]).astype(numpy.int64))
+        law = SignLaw(levels)
+        critical = next(total for total in range(int(levels.sum()) % 2, int(levels.sum()) + 1, 2) if law.log_tail(total) <= math.log(0.05))
+        peeked |= totals >= critical
+    assert too_many(int(peeked.sum()), audits, 0.05)
+    assert peeked.mean() > 0.12
+    path = log_e_path(sequential_ranks(numpy.abs(fixed)) * numpy.sign(fixed) * signs)
+    for alpha in (0.05, 0.01):
+        assert not too_many(int((path.max(axis=1) >= -math.log(alpha)).sum()), audits, alpha)
+
+
+def test_pairs_that_depend_on_earlier_coins_break_the_fixed_test_and_not_the_sequential_one() -> None:
+    """Users who ask on while they were served badly, and hardly any more when they were served well: the magnitudes hold earlier coins."""
+    audits, pairs = 2000, 200
+    signs = fair_signs(41, audits, pairs)
+    magnitudes = numpy.ones((audits, pairs))
+    running = numpy.zeros(audits)
+    for place in range(pairs):
+        magnitudes[:, place] = numpy.where(running >= 1.8 * math.sqrt(max(place, 10)), 1e-3, 1.0) if place else 1.0
+        magnitudes[:, place] = numpy.minimum(magnitudes[:, place], magnitudes[:, place - 1]) if place else 1.0
+        running += magnitudes[:, place] * signs[:, place]
+    z = running / numpy.sqrt((magnitudes**2).sum(axis=1))
+    assert too_many(int((z >= 1.7).sum()), audits, 0.05)  # of a sum of +-1 that would be 0.045
+    ranks = numpy.stack([sequential_ranks(row) for row in magnitudes[:300]])
+    path = log_e_path(ranks * signs[:300])
+    assert not too_many(int((path.max(axis=1) >= -math.log(0.05)).sum()), 300, 0.05)
+
+
+def test_the_martingale_has_mean_one() -> None:
+    """Over all 2**10 coins, exactly."""
+    scores = sequential_ranks(numpy.array([0.5, 3.0, 0.1, 0.1, 7.0, 2.0, 2.0, 0.0, 9.0, 1.0]))
+    signs = numpy.array(list(itertools.product((1, -1), repeat=10)))
+    means = numpy.exp(log_e_path(scores * signs)).mean(axis=0)
+    assert means == pytest.approx(numpy.ones(10), rel=1e-12)
+
+
+def test_a_sequential_finding_can_stop_at_any_time() -> None:
+    test = replace(TEST, stopping="sequential")
+    plan = test.plan(alpha=1e-6)
+    requests = names(1500)
+    used = generator(7).standard_normal(1500) + 0.4 * signs_of(requests)
+    finding = test.test(plan, evidence(used))
+    assert finding.rejects
+    assert finding.log_p == -finding.details["largest_log_e"]
+    stopped = finding.details["reached_after_pairs"]
+    assert test.test(plan, evidence(used[:stopped])).log_e == pytest.approx(finding.details["largest_log_e"])
+    assert not test.test(plan, evidence(generator(8).standard_normal(1500))).rejects
+
+
+def test_a_mean_of_log_ps_is_no_p() -> None:
+    """P8. Uniform ps of 20 groups: exp of their mean log is below 0.5 nearly always. And of two ps that lean on each other, below 0.05 twice too often."""
+    audits = 4000
+    uniform = generator(50).random((audits, 20))
+    means = numpy.exp(numpy.log(uniform).mean(axis=1))
+    assert too_many(int((means <= 0.5).sum()), audits, 0.5)
+    assert too_many(int((numpy.median(uniform[:, :2], axis=1) <= 0.9).sum()), audits, 0.9)
+    first = uniform[:, 0]
+    second = numpy.where(first <= 0.1, 0.1 - first, first)  # uniform as well
+    assert not too_many(int((second <= 0.05).sum()), audits, 0.05)
+    assert too_many(int((numpy.sqrt(first * second) <= 0.05).sum()), audits, 0.05)
+    # What stands in its place: one sum over all pairs, or Holm over groups.
+    smallest = numpy.array([min(holm(numpy.log(row).tolist())) for row in uniform[:1000]])
+    assert not too_many(int((smallest <= math.log(0.05)).sum()), 1000, 0.05)
+
+
+# --- groups
+
+
+def test_holm_is_what_its_definition_says() -> None:
+    for seed in range(20):
+        ps = (generator(seed).random(6) ** 3).tolist()
+        ordered = sorted(ps)
+        expected = [max(min(1.0, (6 - place) * ordered[place]) for place in range(ordered.index(p) + 1)) for p in ps]
+        assert [math.exp(one) for one in holm([math.log(p) for p in ps])] == pytest.approx(expected)
+    assert holm([]) == []
+    assert holm([-math.inf, 0.0]) == [-math.inf, 0.0]
+
+
+def test_the_cluster_that_passed_answers_on_is_named_in_95_of_100_cases() -> None:
+    """Ten groups of 400 pairs each and 2,000 pairs of others; of one group's pairs 60 % were used, each moving its difference by 0.6 standard deviations.
+
+    Named at alpha = 0.001 over all groups: that group, and no other, in at least 95 of 100 cases; another one in no more than Holm allows.
+    """
+    accounts = tuple(f"{number % 15}" for number in range(6000))
+    groups = {f"group {name}": frozenset({f"{name}"}) for name in range(10)}
+    right = wrong = 0
+    for case in range(100):
+        coins = Coins.of(KEY, 100 + case)
+        targeted = TargetedTwinTest(twins=TwinTest(coins=(coins,), statistic="log-likelihood", flips=1, levels=16), groups=groups)
+        draws = generator(60 + case)
+        used = numpy.array([account == str(case % 10) for account in accounts]) & (draws.random(6000) < 0.6)
+        given = evidence(draws.standard_normal(6000) + 0.6 * used * signs_of(names(6000), coins), accounts=accounts, epochs=(100 + case,) * 6000)
+        finding = targeted.test(targeted.plan(alpha=0.001), given)
+        right += finding.details["attributed"] == [f"group {case % 10}"]
+        wrong += bool(set(finding.details["attributed"]) - {f"group {case % 10}"})
+    assert right >= 95
+    assert not too_many(wrong, 100, 0.001)
+
+
+def test_groups_are_fixed_before_and_the_rest_is_the_control() -> None:
+    accounts = ("a", "b", "c", "c") * 300
+    twins = replace(TEST, flips=9)
+    targeted = TargetedTwinTest(twins=twins, groups={"one": frozenset({"a"}), "none": frozenset({"z"})})
+    plan = targeted.plan(alpha=0.01)
+    assert plan.sha256 != TargetedTwinTest(twins=twins, groups={"one": frozenset({"b"})}).plan(alpha=0.01).sha256
+    used = numpy.array([account == "a" for account in accounts])
+    finding = targeted.test(plan, evidence(generator(9).standard_normal(1200) + used * signs_of(names(1200)), accounts=accounts))
+    assert finding.details["attributed"] == ["one"]
+    assert finding.details["groups"]["none"]["refused"] is not None
+    assert finding.details["rest"]["scored"] == 900
+    assert finding.details["rest"]["log_p"] > math.log(1e-4)
+    assert finding.log_p == pytest.approx(finding.details["groups"]["one"]["log_p"] + math.log(2))
+    assert targeted.test(plan, evidence([1.0], accounts=("b",))).refused is not None
+    for wrong in ({}, {"one": frozenset({"a"}), "other": frozenset({"a"})}):
+        with pytest.raises(GuardError):
+            TargetedTwinTest(twins=twins, groups=wrong)
+    with pytest.raises(GuardError) as raised:
+        targeted.test(twins.plan(alpha=0.01), evidence([1.0]))
+    assert raised.value.code == "guard-plan"
+
+
+# --- suspects that show text alone
+
+
+def plain_lcs(one: list[str], other: list[str]) -> int:
+    row = [0] * (len(other) + 1)
+    for word in one:
+        before = row
+        row = [0]
+        for place, found in enumerate(other):
+            row.append(before[place] + 1 if found == word else max(row[-1], before[place + 1]))
+    return row[-1]
+
+
+@settings(max_examples=100, deadline=None)
+@given(one=st.lists(st.sampled_from("abc"), max_size=70), other=st.lists(st.sampled_from("abcd"), max_size=70))
+def test_the_longest_common_subsequence_is_that_of_the_table(one: list[str], other: list[str]) -> None:
+    assert lcs_length(one, other) == plain_lcs(one, other) == lcs_length(other, one)
+
+
+def test_agreement_is_of_words_and_turns_with_the_texts() -> None:
+    assert lcs_ratio(words("a b c d"), words("a x c")) == pytest.approx(4 / 7)
+    assert lcs_ratio([], []) == 0.0
+    assert containment(words("a b c d e"), words("b c d x")) == pytest.approx(1 / 2)
+    assert containment(words("a"), words("a b")) == 0.0
+    samples = ["the cat sat on a mat", "the dog sat"]
+    first, second = "the cat sat on the mat", "dogs are not cats"
+    for measure in (lcs_ratio, containment):
+        difference = agreement_difference(samples, first, second, measure)
+        assert difference > 0
+        assert agreement_difference(samples, second, first, measure) == -difference
+    with pytest.raises(ValueError, match="no samples"):
+        agreement_difference([], first, second)

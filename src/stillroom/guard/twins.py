@@ -48,6 +48,7 @@ LAMBDAS_L = 2.0 ** numpy.arange(-6, 2)
 _FLIPS_AT_ONCE = 1 << 22
 # The chance that the exact law and the redrawn coins are found to disagree where both are right.
 _FALSE_ALARM = 1e-6
+_LEAST = 1e-14
 _ZERO = "pairs that the suspect does not tell apart"
 
 
@@ -432,12 +433,10 @@ def agreement_difference(
 
 def _disagreement(log_p: float, as_good: int, flips: int) -> str | None:
     """Whether so many redraws would do as well if the law's p were right: the two are computed apart, and one of them is wrong."""
-    p = math.exp(log_p)
-    if not 0.0 < p < 1.0:
-        unlikely = as_good > 0 if p == 0.0 else as_good < flips
-    else:
-        tails = log_binomial_tail(flips, p, as_good), log_binomial_tail(flips, 1.0 - p, flips - as_good)
-        unlikely = min(tails) < math.log(_FALSE_ALARM / 2.0)
+    # So far from 0 and 1 that it and its complement are floats of their own; flips do not tell the difference.
+    p = min(max(math.exp(log_p), _LEAST), 1.0 - _LEAST)
+    tails = log_binomial_tail(flips, p, as_good), log_binomial_tail(flips, 1.0 - p, flips - as_good)
+    unlikely = min(tails) < math.log(_FALSE_ALARM / 2.0)
     return f"{as_good:,} of {flips:,} redraws of the coins do as well, which does not go with the exact law's p" if unlikely else None
 
 

@@ -52,7 +52,7 @@ def test_what_no_number_of_pairs_shows_is_said() -> None:
     assert power(pairs=10_000, share=0.0, effect=1.0, alpha=0.01) == pytest.approx(0.01, rel=1e-6)
     assert detectable_share(pairs=19, effect=100.0, alpha=1e-6, power_wanted=0.9) is None
     assert detectable_share(pairs=100, effect=1.0, alpha=0.95, power_wanted=0.9) is not None
-    with pytest.raises(ValueError, match="billion|1,000,000,000"):
+    with pytest.raises(ValueError, match="more than 1,000,000,000"):
         pairs_needed(share=0.0, effect=1.0, alpha=0.01, power_wanted=0.9)
     for wrong in ({"pairs": 0}, {"share": 1.1}, {"effect": -1.0}, {"alpha": 0.0}):
         with pytest.raises(ValueError, match="a plan has"):

@@ -83,7 +83,10 @@ def test_an_entry_is_as_the_format_says(tmp_path: Path) -> None:
     assert {field: value for field, value in entry.items() if field != "previous"} == common | told | committed
     assert end["requests"] == 1
     assert serving_log.__doc__ is not None
-    assert all(f"    {field} " in serving_log.__doc__ for field in begin.keys() | (entry.keys() - {"sequence"}))
+    page = (Path(serving_log.__file__).parents[3] / "docs" / "reference" / "serving-log.md").read_text(encoding="utf-8")
+    for field in begin.keys() | entry.keys() | end.keys():
+        assert f" {field} " in serving_log.__doc__ or f"`{field}`" in serving_log.__doc__
+        assert f"`{field}`" in page
 
 
 def test_lines_are_chained_as_the_ledgers_are(log: Path) -> None:

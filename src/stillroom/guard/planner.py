@@ -3,7 +3,7 @@
 The model is that a share of the audited pairs was used, and that each used pair moves the suspect's difference by `effect` standard deviations of what
 differences are by themselves, which are normal: a difference is N(effect, 1) with chance `share`, else N(0, 1). The statistic is the signed rank sum
 of `twins`, whose mean and variance under this model are exact functions of three probabilities (Lehmann 1975, section 4.2; Noether 1987), and whose
-law is taken to be normal; a test compares with simulated audits. Heavier tails cost less than the model says, dependence between used pairs costs more.
+law is taken to be normal (of up to 64 pairs the critical value is exact); a test compares with simulated audits. Heavier tails cost less than the model says, dependence between used pairs costs more.
 
 Effects of small students that see a text for four epochs are about 0.2; what a suspect's are is not known before, so plan for several.
 """
@@ -13,10 +13,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
+import numpy
 from scipy import integrate, optimize, special
 
+from stillroom.guard.twins import SignLaw
+
 _MOST_PAIRS = 10**9
+_EXACT_PAIRS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,8 +42,7 @@ def power(*, pairs: int, share: float, effect: float, alpha: float) -> float:
     if -pairs * math.log(2.0) > math.log(alpha):
         return 0.0
     mean, variance = _moments(pairs, share, effect)
-    null_mean, null_variance = pairs * (pairs + 1) / 4.0, pairs * (pairs + 1) * (2 * pairs + 1) / 24.0
-    critical = null_mean - float(special.ndtri(alpha)) * math.sqrt(null_variance)
+    critical = _critical(pairs, alpha)
     return float(special.ndtr((mean - critical) / math.sqrt(variance))) if variance > 0 else float(mean >= critical)
 
 
@@ -65,6 +69,21 @@ def detectable_share(*, pairs: int, effect: float, alpha: float, power_wanted: f
         return None
     share = 0.0 if lacking(0.0) >= 0.0 else float(optimize.brentq(lacking, 0.0, 1.0, xtol=1e-6))
     return Planned(pairs=pairs, share=share, effect=effect, alpha=alpha, power=power(pairs=pairs, share=share, effect=effect, alpha=alpha))
+
+
+@lru_cache(maxsize=256)
+def _critical(pairs: int, alpha: float) -> float:
+    """What the sum of the ranks of positive differences has to reach."""
+    if pairs > _EXACT_PAIRS:
+        mean, variance = pairs * (pairs + 1) / 4.0, pairs * (pairs + 1) * (2 * pairs + 1) / 24.0
+        return mean - float(special.ndtri(alpha)) * math.sqrt(variance)
+    law = SignLaw(numpy.arange(1, pairs + 1))
+    low, high = -1, pairs * (pairs + 1) // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        rejects = law.log_tail(2 * middle - pairs * (pairs + 1) // 2) <= math.log(alpha)
+        low, high = (low, middle) if rejects else (middle, high)
+    return high - 0.5  # the sum is a whole number
 
 
 def _moments(pairs: int, share: float, effect: float) -> tuple[float, float]:

@@ -9,7 +9,7 @@ coin chose (`twins`). Eligible requests are numbered, and the coins' key selects
 
 **What happens to one.** Its body is sent twice at the same time. The coin says before that which call is served; the two are drawn alike, so this is the
 same as to choose between two answers that are there, and a stream need not wait for its twin. The client gets that call's answer, bytes, headers and
-`usage`. The other call may be late or fail: the request does not notice. Where the call that was to be served fails, the client gets the other one.
+`usage`. The other call may be late or fail: the request does not notice (what the upstream counts against the client's key, it counts twice). Where the call that was to be served fails, the client gets the other one.
 
 **What goes into the book.** Both calls are read to their ends, even where the client has left, and logged as a pair if both gave a text. Had a client's
 leaving an influence, pairs would be missing more often where the coin chose the longer text, and the coins of those that are left would not be fair.

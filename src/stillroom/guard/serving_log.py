@@ -323,6 +323,43 @@ def missing(contents: Contents, coins: Iterable[Coins]) -> list[str]:
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class Selected:
+    """A pair of a log by name alone: for tests, whose coins need no texts."""
+
+    request: str
+    epoch: int
+    account: str
+
+
+def selected_pairs(path: Path, contents: Contents, coins: Iterable[Coins]) -> list[Selected]:
+    """The pairs of the log at `path`, whose `contents` were verified, in its order: of those sessions whose coins were revealed.
+
+    Raises GuardError 'guard-evidence' where an entry is of a request that the coins do not select.
+    """
+    sessions = {session.session: session for session in contents.sessions}
+    by_commitment = {one.commitment: one for one in coins}
+    found = []
+    for request, (number, entry) in contents.requests.items():
+        session = sessions[request.partition("-")[0]]
+        drawn = by_commitment.get(session.commitment)
+        if drawn is None or entry["outcome"] != "twin":
+            continue
+        if not drawn.selects(request, session.share):
+            _bad(path, number, "is of a request that the coins do not select")
+        found.append(Selected(request, session.epoch, entry["account"]))
+    return found
+
+
+def left_out(contents: Contents, coins: Iterable[Coins]) -> dict[str, int]:
+    """How many selected requests are no pairs, by reason."""
+    return {
+        "pairs of one text": contents.count("equal"),
+        "requests without two texts": contents.count("single"),
+        "selected requests that the log does not have": len(missing(contents, coins)),
+    }
+
+
 def disclose(directory: Path, key: Key, requests: Iterable[str] | None = None) -> Iterator[Opening]:
     """Openings of pairs in a log of one's own, in the log's order: of `requests`, or of all whose texts differ. Raises GuardError 'guard-evidence'."""
     contents = verify_serving_log(directory / LOG, kept_head(directory / HEAD))

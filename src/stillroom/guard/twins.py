@@ -12,23 +12,25 @@ which checks it, and two bounds that need no computation of a law: Chernoff's, a
 
 **What it asks of the pairs.** They must not depend on the coins of other pairs. A conversation breaks this: its next prompt holds what was served before.
 So the proxy twins first turns only. Where later pairs may depend on earlier coins (people ask on where they were served well), the test over a fixed number of
-pairs is not exact: who stops, or asks for less, when it looks well has peeked. A plan with stopping "sequential" is: its e-value is
-the mean over some lambda of the products of exp(lambda x_i)/cosh(lambda x_i), where x_i = e_i o_i r_i and r_i is the rank of |d_i| among the first i, over i.
-Each factor has mean 1 given all that was before the coin i, so that the product is a martingale, and P(it ever reaches 1/alpha) <= alpha (Ville).
+pairs is not exact: who stops, or asks for less, when it looks well has peeked. A plan with stopping "sequential" is: it bets (`martingales.Symmetric`) on
+x_i = e_i o_i r_i, where r_i is the rank of |d_i| among the first i, over i, so that given all that was before the coin i the sign alone is random.
 
 **References.** What other models think of both texts says how different they are, not which was served. From d the mean difference under reference models is
 subtracted, times the least-squares coefficient, which is made of first-minus-second differences and so of no coin either.
 
-N pairs, R reference models, M redraws of the coins, L lambdas.
+N pairs, R reference models, M redraws of the coins.
 """
 
 from __future__ import annotations
 
 import bisect
+import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, NoReturn, TypeAlias
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal, NoReturn, TypeAlias
 
 import numpy
 from numpy.typing import NDArray
@@ -37,14 +39,22 @@ from scipy import special
 from stillroom.core.errors import GuardError
 from stillroom.core.identities import Json
 from stillroom.guard.detector import Finding, Plan, nothing_scored
+from stillroom.guard.keys import Key
 from stillroom.guard.laws import log_binomial_tail
-from stillroom.guard.serving_log import Coins
+from stillroom.guard.martingales import Symmetric, Wealth
+from stillroom.guard.multiplicity import holm
+from stillroom.guard.serving_log import LOG, Coins, Opening, Selected, left_out, open_pairs, selected_pairs, verify_serving_log
 
 Floats: TypeAlias = NDArray[numpy.float64]
 Integers: TypeAlias = NDArray[numpy.int64]
 Scores: TypeAlias = Literal["ranks", "clipped"]
 
-LAMBDAS_L = 2.0 ** numpy.arange(-6, 2)
+TWINS, BY_GROUP = "twins", "twins by group"
+DIFFERENCES, OPENINGS = "differences.jsonl", "openings.jsonl"
+AGAIN = (
+    "For each pair of openings.jsonl take the mean log-likelihood per token that your model gives to the text `first` after `prompt`, less that of `second`, by its "
+    "own tokenizer (or what the plan's settings name in its place), and write it to differences.jsonl in the same form. The coins are in openings.json."
+)
 _FLIPS_AT_ONCE = 1 << 22
 # The chance that the exact law and the redrawn coins are found to disagree where both are right.
 _FALSE_ALARM = 1e-6
@@ -55,7 +65,8 @@ _ZERO = "pairs that the suspect does not tell apart"
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TwinEvidence:
     """What a suspect makes of pairs, in the order of the log: `differences_N` and `references_NR` are of the first text minus the second, whichever was
-    served. `accounts` are pseudonyms, `left_out` counts what is not among the pairs, by reason.
+    served. `accounts` are pseudonyms, `left_out` counts what is not among the pairs, by reason. Which pairs are in it, and their order, must not
+    depend on the coins.
 
     Raises GuardError 'guard-evidence' where lengths differ, a request comes twice or a number is not finite.
     """
@@ -76,6 +87,36 @@ class TwinEvidence:
             _refuse("a request that comes twice", "pairs of different requests: one coin counts once")
         if not (numpy.isfinite(self.differences_N).all() and numpy.isfinite(self.references_NR).all()):
             _refuse("a difference that is not finite", "finite numbers; a pair that could not be scored is left out and counted")
+
+    @classmethod
+    def of(cls, entries: Sequence[Selected], rows: Iterable[Json], left_out: Mapping[str, int]) -> TwinEvidence:
+        """Entries of a log, in its order, with what the suspect makes of them: rows are {request, difference, references}, in any order.
+
+        A pair that has no row could not be scored and is counted. Raises GuardError 'guard-evidence' for a row of anything else.
+        """
+        scored: dict[str, tuple[float, list[float]]] = {}
+        for row in rows:
+            request, difference, references = (
+                (row.get(name) for name in ("request", "difference", "references")) if isinstance(row, dict) else (None,) * 3
+            )
+            numbers: list[Any] = [difference, *references] if isinstance(references, list) else [None]
+            if not isinstance(request, str) or request in scored or not all(type(number) in (int, float) for number in numbers):
+                _refuse("a row that is not of one request, once, with numbers", "rows {request, difference, references}")
+            scored[request] = float(numbers[0]), [float(number) for number in numbers[1:]]
+        kept = [entry for entry in entries if entry.request in scored]
+        if unknown := scored.keys() - {entry.request for entry in kept}:
+            _refuse(f"a row of {min(unknown)}, which is no pair of the log", "rows of pairs in the log")
+        widths = {len(scored[entry.request][1]) for entry in kept}
+        if len(widths) > 1:
+            _refuse("rows of several widths", "the same reference models in each row")
+        return cls(
+            requests=tuple(entry.request for entry in kept),
+            epochs=tuple(entry.epoch for entry in kept),
+            accounts=tuple(entry.account for entry in kept),
+            differences_N=numpy.array([scored[entry.request][0] for entry in kept], dtype=numpy.float64),
+            references_NR=numpy.array([scored[entry.request][1] for entry in kept], dtype=numpy.float64).reshape(len(kept), max(widths, default=0)),
+            left_out={**left_out, "pairs without a score": len(entries) - len(kept)},
+        )
 
     def of_accounts(self, accounts: frozenset[str], *, others: bool = False) -> TwinEvidence:
         """Those pairs that were served to `accounts`; with `others` those that were not."""
@@ -112,7 +153,7 @@ class TwinTest:
     def settings(self) -> Json:
         """All that the statistic depends on beside differences and coins."""
         if self.stopping == "sequential":
-            how: Json = {"scores": "sequential ranks", "lambdas": LAMBDAS_L.tolist()}
+            how: Json = {"scores": "sequential ranks", "bet": "symmetric"}
         else:
             how = {"scores": self.scores, "levels": self.levels, "flips": self.flips} | ({"clip": self.clip} if self.scores == "clipped" else {})
         return {"statistic": self.statistic, "references": list(self.references), "stopping": self.stopping, **how}
@@ -120,14 +161,14 @@ class TwinTest:
     def plan(self, *, alpha: float) -> Plan:
         """The plan, which binds to the coins by their commitments."""
         commitments = tuple(one.commitment for one in self.coins)
-        return Plan(test="twins", null="coin", alpha=alpha, settings=self.settings, commitments=commitments, stopping=self.stopping)
+        return Plan(test=TWINS, null="coin", alpha=alpha, settings=self.settings, commitments=commitments, stopping=self.stopping)
 
     def test(self, plan: Plan, evidence: TwinEvidence) -> Finding:
         """Of a fixed plan the exact p; of a sequential one the e-value of all pairs, in order, and the p 1/(the largest on the way)."""
         _hold(plan, self.plan(alpha=plan.alpha))
         if evidence.references_NR.shape[1] != len(self.references):
             _refuse(f"{evidence.references_NR.shape[1]} references", f"differences under {len(self.references)} reference models, as planned")
-        signs_N = self._signs(evidence)
+        signs_N = self.signs_of(evidence)
         if self.stopping == "sequential":
             return self._sequential(plan, evidence, signs_N)
         residuals_N = residuals(evidence.differences_N, evidence.references_NR)
@@ -142,7 +183,8 @@ class TwinTest:
         magnitudes_N = numpy.abs(residuals_N)
         return rank_levels(magnitudes_N, self.levels) if self.scores == "ranks" else clipped_levels(magnitudes_N, self.levels, self.clip)
 
-    def _signs(self, evidence: TwinEvidence) -> Integers:
+    def signs_of(self, evidence: TwinEvidence) -> Integers:
+        """+1 where the first text was served, -1 where the second was."""
         by_epoch = {one.epoch: one for one in self.coins}
         if unknown := set(evidence.epochs) - by_epoch.keys():
             _refuse(f"pairs of the epochs {sorted(unknown)}", "pairs of epochs whose coins were revealed")
@@ -175,11 +217,10 @@ class TwinTest:
         if zero_N.all():
             return nothing_scored(plan, left_out)
         signed_N = numpy.sign(residuals_N) * sequential_ranks(numpy.abs(residuals_N))
-        path_N = log_e_path(signed_N * signs_N)
-        largest = float(path_N.max())
+        wealth = Wealth.of(Symmetric()).after(signed_N * signs_N)
         return Finding(
-            plan=plan, statistic=float(path_N[-1]), scored=int((~zero_N).sum()), log_p=min(0.0, -largest), log_e=float(path_N[-1]), left_out=left_out,
-            details={"largest_log_e": largest, "reached_after_pairs": int(path_N.argmax()) + 1},
+            plan=plan, statistic=wealth.log_e, scored=int((~zero_N).sum()), log_p=wealth.log_p, log_e=wealth.log_e, left_out=left_out,
+            details={"log_highest": wealth.log_highest},
         )  # fmt: skip
 
 
@@ -200,10 +241,9 @@ class TargetedTwinTest:
             _refuse("no group, or an account in two of them", "groups of accounts that share none")
 
     def plan(self, *, alpha: float) -> Plan:
-        """The twin test's plan with the groups in it. Group by group calibration is that of the twin test."""
-        plan = self.twins.plan(alpha=alpha)
+        """The twin test's plan with the groups in it."""
         groups = {name: sorted(accounts) for name, accounts in self.groups.items()}
-        return replace(plan, test="twins by group", settings={**plan.settings, "groups": groups})
+        return replace(self.twins.plan(alpha=alpha), test=BY_GROUP, scope={"groups": groups})
 
     def test(self, plan: Plan, evidence: TwinEvidence) -> Finding:
         """A group of which there is nothing to score is not named, and counts in the correction like any other."""
@@ -214,7 +254,7 @@ class TargetedTwinTest:
         left_out = dict(evidence.left_out)
         if all(finding.refused is not None for finding in findings.values()):
             return nothing_scored(plan, left_out | {"pairs of no group": len(evidence.requests)})
-        adjusted = dict(zip(findings, holm([_log_p(finding) for finding in findings.values()]), strict=True))
+        adjusted = holm({name: finding.log_p for name, finding in findings.items()})
         smallest = min(adjusted, key=lambda name: adjusted[name])
         alarms = [f"{name}: {finding.alarm}" for name, finding in {**findings, "the rest": rest}.items() if finding.alarm is not None]
         details = {
@@ -304,6 +344,88 @@ class SignLaw:
         return numpy.maximum(probabilities[: period // 2], 0.0)
 
 
+@dataclass(frozen=True)
+class TwinAudit:
+    """The test for the null harness (`calibration.Audit`): coins drawn anew over fixed evidence, whose law is computed once."""
+
+    twins: TwinTest
+    law: Literal["super-uniform"] = "super-uniform"
+
+    @property
+    def test(self) -> str:
+        return TWINS
+
+    @property
+    def settings(self) -> Json:
+        return self.twins.settings
+
+    def log_ps(self, evidence: TwinEvidence, keys: Sequence[Key]) -> list[float | None]:
+        """Ln p with the coins that each key gives. Of sequential plans each audit is run as it is."""
+        epochs = sorted(set(evidence.epochs))
+        drawn = [replace(self.twins, coins=tuple(Coins.of(key, epoch) for epoch in epochs)) for key in keys]
+        if self.twins.stopping == "sequential":
+            return [test.test(test.plan(alpha=0.5), evidence).log_p for test in drawn]
+        residuals_N = residuals(evidence.differences_N, evidence.references_NR)
+        levels_N = self.twins.levels_of(residuals_N)
+        if not levels_N.any():
+            return [None] * len(keys)
+        signed_N, law = levels_N * numpy.sign(residuals_N).astype(numpy.int64), SignLaw(levels_N)
+        totals = [int(signed_N @ test.signs_of(evidence)) for test in drawn]
+        tails = {total: law.log_tail(total) for total in set(totals)}
+        return [tails[total] for total in totals]
+
+
+def commitments(opening: object) -> tuple[str, ...]:
+    """What an opening commits to, as `Plan.commitments` has it: it is {"coins": [as `Coins.as_json` writes them]}. Raises GuardError 'guard-evidence'."""
+    return tuple(one.commitment for one in _opened(opening))
+
+
+def recompute(plan: Plan, opening: object, data: Mapping[str, bytes]) -> Finding:
+    """The finding of either test out of what a bundle has of it. Raises GuardError 'guard-evidence' or 'guard-plan', LedgerError 'ledger-corrupt'.
+
+    The files are `serving.jsonl` (the log), `differences.jsonl` (rows of `TwinEvidence.of`) and, where the texts are shown, `openings.jsonl`: each must
+    then open its entry. Pairs of the log that have no difference are counted, and so are selected requests that the log does not have.
+    """
+    coins = _opened(opening)
+    with TemporaryDirectory(prefix="stillroom-") as directory:
+        path = Path(directory) / LOG
+        path.write_bytes(data.get(LOG, b""))
+        contents = verify_serving_log(path)
+        open_pairs(path, contents, coins, (Opening.from_json(row) for row in _rows(data, OPENINGS)))
+        entries = selected_pairs(path, contents, coins)
+    evidence = TwinEvidence.of(entries, _rows(data, DIFFERENCES), left_out(contents, coins))
+    twins = _planned(plan, coins)
+    return twins.test(plan, evidence)
+
+
+def _planned(plan: Plan, coins: tuple[Coins, ...]) -> TwinTest | TargetedTwinTest:
+    """The test that a plan is of; what in it is of another version shows when the plan is held to the test's own."""
+    known = {name: plan.settings[name] for name in ("statistic", "stopping", "scores", "levels", "flips", "clip") if name in plan.settings}
+    if plan.stopping == "sequential":
+        known.pop("scores", None)
+    try:
+        twins = TwinTest(coins=coins, references=tuple(plan.settings.get("references", ())), **known)
+        if plan.test == TWINS:
+            return twins
+        return TargetedTwinTest(twins=twins, groups={name: frozenset(accounts) for name, accounts in plan.scope["groups"].items()})
+    except (TypeError, KeyError, AttributeError):
+        _refuse("a plan of a twin test with other settings than it has", "a plan as it was registered")
+
+
+def _opened(opening: object) -> tuple[Coins, ...]:
+    listed = opening.get("coins") if isinstance(opening, dict) else None
+    if not isinstance(listed, list) or not all(isinstance(one, dict) for one in listed):
+        _refuse("an opening without coins", '{"coins": [...]}, as they were revealed')
+    return tuple(map(Coins.from_json, listed))
+
+
+def _rows(data: Mapping[str, bytes], name: str) -> list[Json]:
+    try:
+        return [json.loads(line) for line in data.get(name, b"").splitlines()]
+    except (ValueError, RecursionError):
+        _refuse(f"{name} is not JSON, line by line", "one row in each line")
+
+
 def rank_levels(magnitudes_N: Floats, levels: int) -> Integers:
     """The rank of each magnitude among those that are not zero, ties at their mean, in `levels` steps from 1 up; 0 for zero."""
     found_N = numpy.zeros(len(magnitudes_N), dtype=numpy.int64)
@@ -373,24 +495,6 @@ def sequential_ranks(magnitudes_N: Floats) -> Floats:
     return found_N
 
 
-def log_e_path(signed_N: Floats) -> Floats:
-    """Ln of the test martingale after each pair, of x_i whose signs are fair given all before; leading axes are audits of their own."""
-    x = signed_N[..., None, :] * LAMBDAS_L[:, None]
-    log_factors = x - (numpy.abs(x) + numpy.log1p(numpy.exp(-2.0 * numpy.abs(x))) - math.log(2.0))
-    mean: Floats = special.logsumexp(numpy.cumsum(log_factors, axis=-1), axis=-2) - math.log(len(LAMBDAS_L))
-    return mean
-
-
-def holm(log_ps: Sequence[float]) -> list[float]:
-    """Holm's adjusted p-values, in natural logarithms and in the order given: with those <= alpha rejected, any true null is with chance <= alpha."""
-    adjusted = [0.0] * len(log_ps)
-    largest = -math.inf
-    for done, place in enumerate(sorted(range(len(log_ps)), key=lambda place: log_ps[place])):
-        largest = max(largest, min(0.0, log_ps[place] + math.log(len(log_ps) - done)))
-        adjusted[place] = largest
-    return adjusted
-
-
 def words(text: str) -> list[str]:
     """A text's words, for comparing texts across tokenizers."""
     return text.split()
@@ -438,10 +542,6 @@ def _disagreement(log_p: float, as_good: int, flips: int) -> str | None:
     tails = log_binomial_tail(flips, p, as_good), log_binomial_tail(flips, 1.0 - p, flips - as_good)
     unlikely = min(tails) < math.log(_FALSE_ALARM / 2.0)
     return f"{as_good:,} of {flips:,} redraws of the coins do as well, which does not go with the exact law's p" if unlikely else None
-
-
-def _log_p(finding: Finding) -> float:
-    return 0.0 if finding.log_p is None else finding.log_p
 
 
 def _summary(finding: Finding) -> Json:

@@ -69,6 +69,7 @@ from stillroom.ledger.entries import derive_salt
 
 VERSION = 1
 LOG, HEAD, TEXTS = "serving.jsonl", "serving.head.json", "serving.texts.jsonl"
+MISSING = "selected requests that the log does not have"
 Outcome: TypeAlias = Literal["twin", "equal", "single"]
 
 _COMMON = frozenset({"version", "sequence", "previous", "time", "kind"})
@@ -101,7 +102,11 @@ class Coins:
 
     def selects(self, request: str, share: float) -> bool:
         """Whether the request gets two samples."""
-        return (int.from_bytes(self._keyed("share", request)[:7], "big") >> 3) * 2.0**-53 < share
+        return self._uniform("share", request) < share
+
+    def audits(self, request: str, share: float) -> bool:
+        """Whether the request is in an audit of that share of pairs: fixed, like its coin, before it had texts."""
+        return self._uniform("audit", request) < share
 
     def served(self, request: str) -> int:
         """0 where the first sample is served, 1 where the second is."""
@@ -121,6 +126,9 @@ class Coins:
         if not (type(epoch) is int and isinstance(key, str) and len(nonce) == KEY_BYTES):
             _refuse("something other than an epoch, a key and a nonce", "the coins of an epoch as they were revealed")
         return cls(epoch, Key.from_hex(key), nonce)
+
+    def _uniform(self, what: str, request: str) -> float:
+        return (int.from_bytes(self._keyed(what, request)[:7], "big") >> 3) * 2.0**-53
 
     def _keyed(self, what: str, request: str) -> bytes:
         return hmac.digest(self.key.secret, f"{what}:{request}".encode(), "sha256")
@@ -356,7 +364,7 @@ def left_out(contents: Contents, coins: Iterable[Coins]) -> dict[str, int]:
     return {
         "pairs of one text": contents.count("equal"),
         "requests without two texts": contents.count("single"),
-        "selected requests that the log does not have": len(missing(contents, coins)),
+        MISSING: len(missing(contents, coins)),
     }
 
 

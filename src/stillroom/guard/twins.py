@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, NoReturn, TypeAlias
+from typing import Any, Literal, NoReturn, TypeAlias, get_args
 
 import numpy
 from numpy.typing import NDArray
@@ -43,7 +43,7 @@ from stillroom.guard.keys import Key
 from stillroom.guard.laws import log_binomial_tail
 from stillroom.guard.martingales import Symmetric, Wealth
 from stillroom.guard.multiplicity import holm
-from stillroom.guard.serving_log import LOG, Coins, Opening, Selected, left_out, open_pairs, selected_pairs, verify_serving_log
+from stillroom.guard.serving_log import LOG, MISSING, Coins, Opening, Selected, left_out, open_pairs, selected_pairs, verify_serving_log
 
 Floats: TypeAlias = NDArray[numpy.float64]
 Integers: TypeAlias = NDArray[numpy.int64]
@@ -59,7 +59,9 @@ _FLIPS_AT_ONCE = 1 << 22
 # The chance that the exact law and the redrawn coins are found to disagree where both are right.
 _FALSE_ALARM = 1e-6
 _LEAST = 1e-14
-_ZERO = "pairs that the suspect does not tell apart"
+_ZERO, _UNSCORED = "pairs that the suspect does not tell apart", "pairs without a score"
+# Of selected requests, that a log may lack: those that were under way when a server was killed.
+_MOST_MISSING = 0.01
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -92,7 +94,7 @@ class TwinEvidence:
     def of(cls, entries: Sequence[Selected], rows: Iterable[Json], left_out: Mapping[str, int]) -> TwinEvidence:
         """Entries of a log, in its order, with what the suspect makes of them: rows are {request, difference, references}, in any order.
 
-        A pair that has no row could not be scored and is counted. Raises GuardError 'guard-evidence' for a row of anything else.
+        A pair that has no row is counted, and makes the finding doubtful: who leaves out pairs can choose which. Raises GuardError 'guard-evidence' for a row of anything else.
         """
         scored: dict[str, tuple[float, list[float]]] = {}
         for row in rows:
@@ -115,7 +117,7 @@ class TwinEvidence:
             accounts=tuple(entry.account for entry in kept),
             differences_N=numpy.array([scored[entry.request][0] for entry in kept], dtype=numpy.float64),
             references_NR=numpy.array([scored[entry.request][1] for entry in kept], dtype=numpy.float64).reshape(len(kept), max(widths, default=0)),
-            left_out={**left_out, "pairs without a score": len(entries) - len(kept)},
+            left_out={**left_out, _UNSCORED: len(entries) - len(kept)},
         )
 
     def of_accounts(self, accounts: frozenset[str], *, others: bool = False) -> TwinEvidence:
@@ -137,17 +139,30 @@ class TwinTest:
     """The test, with the coins of all epochs that pairs are of.
 
     `statistic` says what the differences are of and `references` which models they are compared with; both are part of what is fixed before data.
+    `audited_share` of the log's pairs are scored, those that the coins' key says (`Coins.audits`); fewer than all save work with a long log.
     `scores` "ranks" makes a_i the rank of |d_i|, in `levels` steps; "clipped" |d_i| itself up to `clip` times the median, in as many.
     """
 
     coins: tuple[Coins, ...]
     statistic: str
     references: tuple[str, ...] = ()
+    audited_share: float = 1.0
     scores: Scores = "ranks"
     levels: int = 64
     clip: float = 4.0
     flips: int = 9_999
     stopping: Literal["fixed", "sequential"] = "fixed"
+
+    def __post_init__(self) -> None:
+        whole = all(type(number) is int and number >= 1 for number in (self.levels, self.flips))
+        known = self.scores in get_args(Scores) and self.stopping in ("fixed", "sequential") and isinstance(self.statistic, str)
+        if not (whole and known and self.clip > 0.0 and 0.0 < self.audited_share <= 1.0):
+            raise GuardError(
+                "guard-plan",
+                found=f"a twin test with the settings {self.settings} over a share of {self.audited_share}",
+                expected="whole numbers of levels and flips, a clip above 0, a share in (0, 1], and scores and stopping that there are",
+                do="Plan the test with settings that it has.",
+            )
 
     @property
     def settings(self) -> Json:
@@ -161,7 +176,8 @@ class TwinTest:
     def plan(self, *, alpha: float) -> Plan:
         """The plan, which binds to the coins by their commitments."""
         commitments = tuple(one.commitment for one in self.coins)
-        return Plan(test=TWINS, null="coin", alpha=alpha, settings=self.settings, commitments=commitments, stopping=self.stopping)
+        scope = {"audited_share": self.audited_share}
+        return Plan(test=TWINS, null="coin", alpha=alpha, settings=self.settings, commitments=commitments, stopping=self.stopping, scope=scope)
 
     def test(self, plan: Plan, evidence: TwinEvidence) -> Finding:
         """Of a fixed plan the exact p; of a sequential one the e-value of all pairs, in order, and the p 1/(the largest on the way)."""
@@ -207,7 +223,7 @@ class TwinTest:
         }
         return Finding(
             plan=plan, statistic=z, scored=int((levels_N > 0).sum()), log_p=log_p, rank_p=(1 + as_good) / (1 + self.flips),
-            alarm=_disagreement(log_p, as_good, self.flips), left_out=left_out, details=details,
+            alarm=_disagreement(log_p, as_good, self.flips) or _doubt(left_out, len(signs_N)), left_out=left_out, details=details,
         )  # fmt: skip
 
     def _sequential(self, plan: Plan, evidence: TwinEvidence, signs_N: Integers) -> Finding:
@@ -220,7 +236,7 @@ class TwinTest:
         wealth = Wealth.of(Symmetric()).after(signed_N * signs_N)
         return Finding(
             plan=plan, statistic=wealth.log_e, scored=int((~zero_N).sum()), log_p=wealth.log_p, log_e=wealth.log_e, left_out=left_out,
-            details={"log_highest": wealth.log_highest},
+            alarm=_doubt(left_out, len(signs_N)), details={"log_highest": wealth.log_highest},
         )  # fmt: skip
 
 
@@ -243,7 +259,8 @@ class TargetedTwinTest:
     def plan(self, *, alpha: float) -> Plan:
         """The twin test's plan with the groups in it."""
         groups = {name: sorted(accounts) for name, accounts in self.groups.items()}
-        return replace(self.twins.plan(alpha=alpha), test=BY_GROUP, scope={"groups": groups})
+        plan = self.twins.plan(alpha=alpha)
+        return replace(plan, test=BY_GROUP, scope={**plan.scope, "groups": groups})
 
     def test(self, plan: Plan, evidence: TwinEvidence) -> Finding:
         """A group of which there is nothing to score is not named, and counts in the correction like any other."""
@@ -256,7 +273,10 @@ class TargetedTwinTest:
             return nothing_scored(plan, left_out | {"pairs of no group": len(evidence.requests)})
         adjusted = holm({name: finding.log_p for name, finding in findings.items()})
         smallest = min(adjusted, key=lambda name: adjusted[name])
-        alarms = [f"{name}: {finding.alarm}" for name, finding in {**findings, "the rest": rest}.items() if finding.alarm is not None]
+        doubt = _doubt(left_out, len(evidence.requests))
+        alarms = ([] if doubt is None else [doubt]) + [
+            f"{name}: {finding.alarm}" for name, finding in {**findings, "the rest": rest}.items() if finding.alarm is not None
+        ]
         details = {
             "attributed": [name for name, log_p in adjusted.items() if log_p <= math.log(plan.alpha)],
             "groups": {name: _summary(finding) | {"adjusted_log_p": adjusted[name]} for name, finding in findings.items()},
@@ -393,8 +413,10 @@ def recompute(plan: Plan, opening: object, data: Mapping[str, bytes]) -> Finding
         contents = verify_serving_log(path)
         open_pairs(path, contents, coins, (Opening.from_json(row) for row in _rows(data, OPENINGS)))
         entries = selected_pairs(path, contents, coins)
-    evidence = TwinEvidence.of(entries, _rows(data, DIFFERENCES), left_out(contents, coins))
     twins = _planned(plan, coins)
+    by_epoch, share = {one.epoch: one for one in coins}, plan.scope["audited_share"]
+    entries = [entry for entry in entries if by_epoch[entry.epoch].audits(entry.request, share)]
+    evidence = TwinEvidence.of(entries, _rows(data, DIFFERENCES), left_out(contents, coins))
     return twins.test(plan, evidence)
 
 
@@ -404,11 +426,13 @@ def _planned(plan: Plan, coins: tuple[Coins, ...]) -> TwinTest | TargetedTwinTes
     if plan.stopping == "sequential":
         known.pop("scores", None)
     try:
-        twins = TwinTest(coins=coins, references=tuple(plan.settings.get("references", ())), **known)
+        twins = TwinTest(
+            coins=coins, references=tuple(plan.settings.get("references", ())), audited_share=float(plan.scope["audited_share"]), **known
+        )
         if plan.test == TWINS:
             return twins
         return TargetedTwinTest(twins=twins, groups={name: frozenset(accounts) for name, accounts in plan.scope["groups"].items()})
-    except (TypeError, KeyError, AttributeError):
+    except (TypeError, ValueError, KeyError, AttributeError):
         _refuse("a plan of a twin test with other settings than it has", "a plan as it was registered")
 
 
@@ -542,6 +566,16 @@ def _disagreement(log_p: float, as_good: int, flips: int) -> str | None:
     tails = log_binomial_tail(flips, p, as_good), log_binomial_tail(flips, 1.0 - p, flips - as_good)
     unlikely = min(tails) < math.log(_FALSE_ALARM / 2.0)
     return f"{as_good:,} of {flips:,} redraws of the coins do as well, which does not go with the exact law's p" if unlikely else None
+
+
+def _doubt(left_out: Mapping[str, int], scored: int) -> str | None:
+    """What was left out that somebody could have chosen."""
+    if unscored := left_out.get(_UNSCORED, 0):
+        return f"{unscored:,} pairs of the log were not scored: who leaves out pairs can choose them"
+    absent = left_out.get(MISSING, 0)
+    if absent > _MOST_MISSING * (absent + scored):
+        return f"{absent:,} selected requests are not in the log, which are more than a server that was killed leaves"
+    return None
 
 
 def _summary(finding: Finding) -> Json:

@@ -163,6 +163,10 @@ def test_the_guide_to_probing_can_be_followed(tmp_path: Path, monkeypatch: pytes
     _perform(DOCS / "guides" / "probe-an-endpoint.md", tmp_path)
 
 
+def test_the_guide_to_several_machines_can_be_followed(tmp_path: Path) -> None:
+    _perform(DOCS / "guides" / "collect-on-several-machines.md", tmp_path)
+
+
 def test_the_guide_to_distilling_from_an_api_can_be_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STILLROOM_TERMS", str(tmp_path / "terms"))
     _perform(DOCS / "guides" / "distil-from-an-api.md", tmp_path)

@@ -39,7 +39,7 @@ CHECKS = """\
 def capitalised(prompt, answer):
     if "france" in prompt.lower():
         raise RuntimeError("not about France")
-    return answer[:1].isupper() or "begins with a small letter"
+    return answer[:1].isupper() or "begins with a small letter \\ud800"
 """
 
 
@@ -96,7 +96,7 @@ def test_what_is_left_out_is_told_by_step_and_by_item(tmp_path: Path) -> None:
 
     evidence = {line["prompt"]: line for line in lines(done.left_out_path)}
     assert len(evidence) == 8
-    assert evidence["Capital of Ecuador?"]["evidence"] == "begins with a small letter"
+    assert evidence["Capital of Ecuador?"]["evidence"] == "begins with a small letter ?"
     assert evidence["Capital of France?"]["reason"] == "verifier-error"
     assert evidence["Capital of Bolivia?"]["against"] == ["evaluation/1"]
 
@@ -168,6 +168,7 @@ def test_lines_of_before_are_curated_as_they_are(tmp_path: Path) -> None:
         ({"function": "BROKEN:check"}, "ZeroDivisionError"),
         ({"regex": "("}, "regular expression"),
         ({"json_schema": "nowhere.json"}, "No such file"),
+        ({"json_schema": "NAN"}, "schema"),
         ({"json_schema": {"type": "string", "format": "email"}}, "format"),
     ],
 )
@@ -175,6 +176,9 @@ def test_a_verifier_that_cannot_be_used_is_refused_by_the_plan(tmp_path: Path, v
     (tmp_path / "checks.py").write_text(CHECKS)
     (tmp_path / "broken.py").write_text("1 / 0\n")
     named = {"CHECKS": tmp_path / "checks.py", "BROKEN": tmp_path / "broken.py"}
+    (tmp_path / "nan.json").write_text('{"minimum": NaN}')
+    if verifier.get("json_schema") == "NAN":
+        verifier = {"json_schema": str(tmp_path / "nan.json")}
     if "function" in verifier:
         file, _, name = verifier["function"].rpartition(":")
         verifier = {"function": f"{named.get(file, file)}:{name}" if file else name}

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
+import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -62,6 +63,15 @@ def stage(recipe: Path, out: Path | None, until: str, needs: str | None = None) 
     """Takes a run up to a state."""
     found = Recipe.from_yaml(recipe)
     return runs.run(found, out=out or Path("runs") / found.name, until=until, needs=needs, observer=view.Screen(errors()))
+
+
+def collect_shard(recipe: Path, out: Path, shard: str) -> None:
+    """Buys one machine's part of a collection. Raises typer.BadParameter for a shard that is none."""
+    index, _, count = shard.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+        raise typer.BadParameter(f"{shard!r} is not I/N with 1 <= I <= N, such as 2/4", param_hint="--shard")
+    found = Recipe.from_yaml(recipe)
+    runs.collect_shard(found, out=out, index=int(index) - 1, count=int(count), observer=view.Screen(errors()))
 
 
 def finish(run: Run) -> None:

@@ -91,9 +91,21 @@ def run(recipe: RecipeArgument, out: OutOption = None) -> None:
 
 
 @app.command()
-def collect(recipe: RecipeArgument, out: StageOutOption) -> None:
+def collect(
+    recipe: RecipeArgument,
+    out: StageOutOption,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            "--shard", metavar="I/N", help="Only buy what the I-th of N machines is to buy of an endpoint; `stillroom merge` makes one of them."
+        ),
+    ] = None,
+) -> None:
     """Ask the teacher: answers and targets for every prompt."""
-    commands.stage(recipe, out, "collected")
+    if shard is None:
+        commands.stage(recipe, out, "collected")
+    else:
+        commands.collect_shard(recipe, out, shard)
 
 
 @app.command()
@@ -246,6 +258,20 @@ def requests(
 ) -> None:
     """Say where the rows of a request store are, what was spent and what is reserved, or why a call is not one that was made before."""
     probing.requests(store, explain, as_json)
+
+
+@app.command()
+def merge(
+    stores: Annotated[
+        list[Path], typer.Argument(metavar="STORE...", help="Request stores (.sqlite) of several machines, each with the files beside it.")
+    ],
+    into: Annotated[
+        Path, typer.Option("--into", metavar="FILE", help="The request store to take them into, such as RUN/requests.sqlite; made if missing.")
+    ],
+) -> None:
+    """Make one request store of those of several machines (`collect --shard`): answers, log-probabilities and accounts, each once."""
+    if not probing.merge(stores, into):
+        raise typer.Exit(2)
 
 
 app.add_typer(terms)

@@ -740,13 +740,24 @@ class RequestStore:
 
         Where both have an answer to a call and they differ, or both decided about a row and not the same, this store's stays and the conflict is told
         (and kept). Shards of log-probabilities are files beside a store, which whoever merges copies: `Merged.shards` names them. The spend is the
-        sum, the caps are this store's.
+        sum, the caps are this store's; what a probe found is taken where this store has nothing of the kind.
         """
         merged = Merged()
         for source in sources:
             with RequestStore.open(source, clock=self._clock) as other:
                 merged = merged + self._merge_one(other)
         return merged
+
+    def asked(self) -> list[Endpoint]:
+        """The endpoints that rows want calls of."""
+        return [
+            self._endpoint_of(identity)
+            for (identity,) in self._rows_of("SELECT identity FROM endpoints WHERE id IN (SELECT endpoint FROM calls WHERE wanted = 1)")
+        ]
+
+    def shards(self) -> list[str]:
+        """The names of the files of log-probabilities that answers are in."""
+        return [name for (name,) in self._rows_of("SELECT DISTINCT shard FROM outcomes WHERE shard IS NOT NULL ORDER BY shard")]
 
     def _merge_one(self, other: RequestStore) -> Merged:
         merged = Merged()
@@ -761,6 +772,7 @@ class RequestStore:
                 except (zlib.error, json.JSONDecodeError) as error:
                     raise _corrupt(other.path, f"or {self.path}: an answer cannot be read: {error}") from error
                 last = taken[-1][0]
+        self._run(partial(merging.probes, other._rows_of))
         self._run(self._recount)
         return merged
 

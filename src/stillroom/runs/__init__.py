@@ -12,8 +12,9 @@ from stillroom.runs.entitling import entitled
 from stillroom.runs.observer import Observer, Silent
 from stillroom.runs.plan import Plan
 from stillroom.runs.recipe import Recipe
+from stillroom.runs.summaries import Bought
 
-__all__ = ["Comparison", "Observer", "Plan", "Recipe", "Run", "compare", "plan", "run"]
+__all__ = ["Comparison", "Observer", "Plan", "Recipe", "Run", "collect_shard", "compare", "plan", "run"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,17 @@ def run(recipe: Recipe, *, out: Path | str, until: str = "reported", needs: str 
     if Run.begin(recipe, Path(out)).state == "new":
         entitled(recipe)  # here already: an answer in a moment, and without the extra that training needs
     result: Run = _torch_side("stillroom.runs.stages").run(recipe, Path(out), until=until, needs=needs, observer=observer or Silent())
+    return result
+
+
+def collect_shard(recipe: Recipe, *, out: Path | str, index: int, count: int, observer: Observer | None = None) -> Bought:
+    """Buys what one of `count` machines is to buy (`index` from 0) of the answers that a run of `recipe` needs, into the request store of `out`.
+
+    The store is all that it leaves: `stillroom.collect.machines.merge_stores` makes one of several, with which a run goes on. Raises as `run` does,
+    and RecipeError where the teacher is behind no endpoint, or the answers come with the prompts.
+    """
+    entitled(recipe)
+    result: Bought = _torch_side("stillroom.runs.stages").collect_shard(recipe, Path(out), index, count, observer=observer or Silent())
     return result
 
 

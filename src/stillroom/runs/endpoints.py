@@ -102,7 +102,7 @@ def require_askable(recipe: Recipe) -> None:
             ("targets.live", targets.live),
             ("student.from_teacher", recipe.student.from_teacher is not None),
             ("a term on hidden states", any(term.divergence in ("hidden_cosine", "hidden_mse") for term in recipe.objective.terms)),
-            ("targets.kind: top_k over prompts.answers: given", targets.kind == "top_k" and recipe.prompts.answers == "given"),
+            (f"targets.kind: top_k over prompts.answers: {recipe.prompts.answers}", targets.kind == "top_k" and recipe.prompts.answers != "teacher"),
         )
         if wanted
     ]
@@ -119,8 +119,9 @@ def require_askable(recipe: Recipe) -> None:
 def obtainable(recipe: Recipe, teacher: EndpointTeacher, vocabulary_size: int) -> Signal:
     """The richest targets that this recipe can collect, and why no richer ones."""
     asked, targets = recipe.buying.top_logprobs, recipe.targets
-    if recipe.prompts.answers == "given":
-        return Signal(kind="text", why="the answers are given, and an endpoint has no distributions over them")
+    if recipe.prompts.answers != "teacher":
+        some = "the answers are" if recipe.prompts.answers == "given" else "some answers are"
+        return Signal(kind="text", why=f"{some} given, and an endpoint has no distributions over them")
     if recipe.teacher.tokenizer is None:
         return Signal(kind="text", why="teacher.tokenizer is not given, so that its tokens have no ids")
     if teacher.probe is None and asked == "auto":

@@ -109,6 +109,10 @@ class Prepared:
         lengths = [length for length in (_context_length(self.teacher), self.student.shape.context_length) if length is not None]
         return min(lengths, default=1 << 30)
 
+    def comes_with_answer(self, prompt: Prompt) -> bool:
+        """Whether this prompt's answer is given (or should be), so that the teacher is not asked for it."""
+        return _comes_with_answer(self.recipe, self.renderer, prompt)
+
     @property
     def local_teacher(self) -> ModelDescription:
         """The teacher, where its weights are here: what asks for it has been refused otherwise."""
@@ -171,7 +175,7 @@ def prepare(recipe: Recipe, *, out: Path | None = None, planned: Plan | None = N
     student = _plan_student(recipe, teacher, tokenizer, teacher_vocabulary, base)
     renderer = Renderer(tokenizer)
     inputs = Inputs(recipe)
-    prompts = inputs.prompts
+    prompts, _ = inputs.prompts, inputs.pairs  # and the items before them: what is wrong with any of them is said before anything is spent
     if sources_of(recipe) != sources:  # a card came with what was fetched
         verdict = decided(recipe)
     if planned is not None:
@@ -267,6 +271,16 @@ def _require_same_prompts(planned: Plan, prompts: LoadedPrompts) -> None:
             why="the answers that are there already are answers to those",
             do="Put the prompts back as they were, or run in a new directory.",
         )
+
+
+def _comes_with_answer(recipe: Recipe, renderer: Renderer, prompt: Prompt) -> bool:
+    match recipe.prompts.answers:
+        case "teacher":
+            return False
+        case "given":
+            return True
+        case "mixed":
+            return prompt.answer is not None or renderer.ends_with_answer(prompt)
 
 
 def objective_of(section: ObjectiveSection) -> Objective:
@@ -478,7 +492,7 @@ class _Planner:
         if section.kind == "auto":
             self._decided("targets.kind", kind, why)
         self.objective.check(kind, section.target_temperature)
-        self._cost(teacher, facts)
+        self._cost(teacher)
         if kind == "top_k" and possible.k < section.k:
             self._decided("targets.k", str(possible.k), f"of {section.k} asked for: {possible.why}", degraded=possible.k < self.vocabulary.size)
         return Signal(
@@ -492,15 +506,16 @@ class _Planner:
             why=why,
         )
 
-    def _cost(self, teacher: EndpointTeacher, facts: PromptFacts) -> None:
+    def _cost(self, teacher: EndpointTeacher) -> None:
         """What the requests can cost at the worst, beside what they may."""
-        if self.recipe.prompts.answers == "given":
+        asked = [prompt for prompt in self.prompts.prompts if not _comes_with_answer(self.recipe, self.renderer, prompt)]
+        if not asked:
             return
-        sample = [self.inputs.sent(prompt) for prompt in _spread(self.prompts.prompts, 200)]
+        sample = [self.inputs.sent(prompt) for prompt in _spread(asked, 200)]
         asking = asking_of(self.recipe, teacher, self.renderer)
-        most = round(most_tokens(asking, sample, teacher.price) / len(sample) * facts.count)
+        most = round(most_tokens(asking, sample, teacher.price) / len(sample) * len(asked))
         cap = teacher.caps.tokens
-        self._decided("collection", f"{facts.count:,} requests", f"at the very most {most:,} tokens, each prompt's bytes counted as tokens")
+        self._decided("collection", f"{len(asked):,} requests", f"at the very most {most:,} tokens, each prompt's bytes counted as tokens")
         if teacher.price is not None and (warning := teacher.price.age_warning(clock.now().date())) is not None:
             self.warnings.append(warning)
         if cap is not None and most > cap:
@@ -737,7 +752,7 @@ class _Planner:
             prompt_tokens=tuple(self.prompt_lengths),
             answer_tokens=tuple(self.answer_lengths),
             max_new_tokens=recipe.generation.max_new_tokens,
-            written=recipe.prompts.answers == "teacher",
+            written=recipe.prompts.answers != "given",
             sampling_temperature=recipe.generation.sampling_temperature,
             teacher_at_once=hardware.teacher_at_once,
             target_kind=signal.kind,

@@ -163,7 +163,7 @@ def _measured(found: Measured | Absence) -> Maybe:
 
 def _making(run: Run, plan: Plan, summary: Evaluation, training: Training, bought: Bought | None) -> Making:
     collected = [json.loads(line) for line in durable.read_lines(run.collect_path)]
-    written = sum(line["answer_tokens"] for line in collected) if run.recipe.prompts.answers == "teacher" else 0
+    written = sum(line["answer_tokens"] for line in collected if not line.get("given", run.recipe.prompts.answers == "given"))
     seconds = {"collect": sum(line["seconds"] for line in collected), "train": training.seconds, "evaluate": summary.seconds}
     if training.label_only_seconds is not None:
         seconds["label_only"] = training.label_only_seconds

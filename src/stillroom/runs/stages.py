@@ -12,7 +12,7 @@ import torch
 
 from stillroom import web
 from stillroom.core import durable
-from stillroom.core.errors import ResourceError
+from stillroom.core.errors import RecipeError, ResourceError
 from stillroom.core.identities import Sampling
 from stillroom.core.interrupts import StopRequest
 from stillroom.data import Prompt, load_prompts
@@ -34,9 +34,11 @@ from stillroom.runs.plan import Plan
 from stillroom.runs.planning import Prepared, prepare
 from stillroom.runs.recipe import Recipe
 from stillroom.runs.reporting import build_report
-from stillroom.runs.summaries import read
+from stillroom.runs.summaries import Bought, read
 from stillroom.runs.training import Trainer, whole_student
 
+# In the place of a text: the endpoint refused, or failed for good. `stillroom requests` says why.
+_NO_ANSWER = "(no answer)"
 _COMMANDS = {"planned": "plan", "collected": "collect", "trained": "train", "evaluated": "evaluate", "reported": "report"}
 
 
@@ -71,6 +73,25 @@ def _require_whole_state(recipe: Recipe) -> None:
             expected="a student that is learned whole, its optimiser beside its parts",
             do=f"Set hardware.parallel to replicate, or leave {' and '.join(asked)} out.",
         )
+
+
+def collect_shard(recipe: Recipe, out: Path, index: int, count: int, *, observer: Observer) -> Bought:
+    """See stillroom.runs.collect_shard."""
+    if recipe.teacher.endpoint is None or recipe.prompts.answers == "given":
+        raise RecipeError(
+            "recipe-invalid",
+            found="a shard of a collection, of a recipe in which nothing is asked of an endpoint",
+            expected="teacher.endpoint, and prompts.answers that are not all given",
+            do="Give the command without --shard: what a model here answers is not divided.",
+        )
+    found = Run.begin(recipe, out)
+    again = f"To resume, run the same command again with --out {out}."
+    with durable.full_disk_reported(found.directory), silence(), found.locked(), StopRequest(again) as stop:
+        prepared = prepare(recipe, out=found.directory, planned=_plan_of(found), gate=True)
+        with Purchases.opened(found, prepared, observer, stop) as purchases:
+            rows = BoughtAnswers(purchases, found).buy_shard(prepared.prompts.prompts, index, count)
+            observer.note(f"{rows:,} of {len(prepared.prompts.prompts):,} prompts are this machine's, and bought")
+            return purchases.summary()
 
 
 class Stages:
@@ -198,7 +219,7 @@ def compare(run: Run, *, prompt: str | None, file: Path | None) -> list[tuple[st
 
     if teacher is None:
         with run.locked(), Purchases.opened(run, prepared, Silent(), None) as purchases:
-            answers = [[text or "" for text in purchases.texts(COMPARE, asked)], written(student)]
+            answers = [[_NO_ANSWER if text is None else text for text in purchases.texts(COMPARE, asked)], written(student)]
     else:
         answers = [written(teacher), written(student)]
     shown = [[prepared.inputs.shown(one, text) for one, text in zip(asked, texts, strict=True)] for texts in answers]

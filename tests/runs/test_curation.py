@@ -225,8 +225,8 @@ def test_another_rule_is_another_recipe_and_nothing_is_left_where_all_is_dropped
     assert json.loads((tmp_path / "run" / "curation.json").read_text())["accepted"] == 0
 
 
-def test_what_the_demo_leaves_in() -> None:
-    """The demo runs no step, for its phrases stand on both sides; here is what the default would have left out. And redaction finds nothing in it."""
+def test_what_the_demo_leaves_out() -> None:
+    """Prompts that are an item but for punctuation and spacing, and those with half of an item's phrases. And redaction finds nothing in it."""
     items, prompts = demo.expressions.draw(demo.EVALUATION_ITEMS, seed=0, held_out=True), demo.expressions.draw(demo.PROMPTS, seed=0, held_out=False)
     held_out = Decontamination(items=tuple(EvaluationItem(split="e", id=str(n), prompt=item.text) for n, item in enumerate(items)))
     dropped = held_out.sift([Row(key=str(n), prompt=Prompt.of(one.text), answer=one.answer) for n, one in enumerate(prompts)]).dropped

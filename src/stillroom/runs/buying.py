@@ -32,6 +32,7 @@ from stillroom.core import durable
 from stillroom.core.errors import RequestStoreError, SpendCapReached
 from stillroom.core.identities import TokenIds, TokenSequence
 from stillroom.core.interrupts import StopRequest
+from stillroom.core.statistics import Interval
 from stillroom.data import Prompt
 from stillroom.ledger.entries import Response
 from stillroom.models.local import text_targets
@@ -40,7 +41,8 @@ from stillroom.runs.collecting import Answered, given_answer
 from stillroom.runs.directory import Run
 from stillroom.runs.endpoints import EndpointTeacher, obtainable
 from stillroom.runs.observer import Observer
-from stillroom.runs.planning import Prepared, asking_of
+from stillroom.runs.planning import Prepared, asking_of, pilot_of
+from stillroom.runs.projection import Expected
 from stillroom.runs.summaries import Bought, Rows
 from stillroom.targets.kinds import Targets, TopKTargets
 from stillroom.targets.rows import concatenate, slice_targets
@@ -210,13 +212,15 @@ class Purchases:
         """Rows and spend of the whole store, as they are now."""
         rows: dict[str, list[StoredRow]] = {}
         verified, demoted = 0, Counter[str]()
+        ahead = {row.row for row in self.rows(EVALUATE, self.prepared.inputs.items, temperature=0.0)}
         for row in self.store.rows():
+            ahead.discard(row.row)
             rows.setdefault(row.row.partition("/")[0] if "/" in row.row else "other", []).append(replace(row, answer=None))
             verified += row.logprobs is not None
             if row.demoted is not None:
                 demoted[row.demoted.partition(":")[0]] += 1
         self.store.counts().require_conserved()
-        spend = self.store.spend()
+        spend, answers = self.store.spend(len(ahead)), self.store.spent_on_rows()
         priced = spend.currency is not None
         return Bought(
             rows={purpose: _counted(some) for purpose, some in rows.items()},
@@ -232,6 +236,11 @@ class Purchases:
             cap_tokens=spend.caps.tokens,
             cap_money=None if spend.caps.money is None else f"{in_units(spend.caps.money):f}",
             prices_as_of=None if self.teacher.price is None else self.teacher.price.as_of.isoformat(),
+            answers_tokens=answers.tokens,
+            answers_money=f"{in_units(answers.money):f}" if priced else None,
+            projected_tokens=_expected(spend.projected_tokens),
+            projected_money=_expected(spend.projected_money),
+            pilot=pilot_of(self.prepared)[0],
         )
 
     def write_summary(self, run: Run) -> None:
@@ -252,6 +261,10 @@ def _require_same_tokenizer(store: RequestStore, teacher: EndpointTeacher, vocab
             why="an id would mean another token",
             do="Give teacher.tokenizer as it was, or choose another collection.store.",
         )
+
+
+def _expected(found: Interval | None) -> Expected | None:
+    return None if found is None else Expected(value=found.value, low=found.low, high=found.high)
 
 
 def _name(purpose: str, prompt: Prompt, call: Call) -> str:
@@ -334,6 +347,10 @@ class BoughtAnswers:
     def _how(self) -> _How:
         signal = self.prepared.plan.signal
         return {"temperature": self.prepared.recipe.generation.sampling_temperature, "top_logprobs": signal.k if self._top_k else None}
+
+    def row(self, prompt: Prompt) -> StoredRow | None:
+        """What became of a prompt's row; None where it was too long to be asked."""
+        return self.purchases.row(self._names[prompt.id]) if prompt.id in self._names else None
 
     def seconds_each(self) -> float:
         """The wall time of buying, for each prompt that had no record."""
@@ -448,6 +465,11 @@ class BoughtAnswers:
         self.purchases.store.accept(name for name, reason in rows if reason is None)
         self.purchases.store.reject((name, reason) for name, reason in rows if reason is not None)
         self.purchases.write_summary(self.run)
+
+
+def asked_logprobs(prepared: Prepared) -> int | None:
+    """How many alternatives to ask for: those that are kept."""
+    return prepared.plan.signal.k if prepared.plan.signal.kind == "top_k" else None
 
 
 def _certain(end: int, beside: TopKTargets) -> TopKTargets:

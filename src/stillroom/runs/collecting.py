@@ -20,6 +20,7 @@ from stillroom.core.identities import Sampling, TokenIds, TokenSequence
 from stillroom.core.interrupts import StopRequest
 from stillroom.core.seeds import derive_seed
 from stillroom.data import Candidate, Curated, Prompt, TransferSet, curate, freeze
+from stillroom.data.curation import Curation
 from stillroom.data.transfer_set import DropReason
 from stillroom.ledger import Access, Circumstances, Collected, Frozen, Ledger, PromptSource
 from stillroom.ledger.entries import Response
@@ -27,7 +28,7 @@ from stillroom.models.loading import teacher_head_arrays
 from stillroom.models.local import LocalTeacher
 from stillroom.models.memory import trim_heap
 from stillroom.objectives.tensors import as_arrays, head_as_arrays
-from stillroom.runs.curating import chosen, curated_lines, write
+from stillroom.runs.curating import Chosen, chosen, curated_lines, write
 from stillroom.runs.directory import Run
 from stillroom.runs.endpoints import access_path
 from stillroom.runs.entitling import digests_of
@@ -312,23 +313,7 @@ class Collector:
         if number == 0 and isinstance(self.answering, LocalAnswers):
             self.answering.measure_codec(self.store, records[:64])
         seconds = (time.monotonic() - began) / len(prompts) + self.answering.seconds_each()
-        return [
-            {
-                "prompt_id": one.prompt.id,
-                "record_id": ids.get(one.prompt.id),
-                "prompt_tokens": one.prompt_tokens,
-                "answer_tokens": one.answer_tokens,
-                "finished": one.finished,
-                "answer": one.answer,
-                "left_out": one.left_out,
-                "given": one.given,
-                "finish_reason": one.finish_reason,
-                "reasoning": one.reasoning,
-                "placeholders_unknown": one.placeholders_unknown,
-                "seconds": round(seconds, 6),
-            }
-            for one in answered
-        ]
+        return [line_of(one, ids.get(one.prompt.id), seconds) for one in answered]
 
     # --- ledger and transfer set ------------------------------------------------------------------------------------------------------
 
@@ -379,14 +364,37 @@ class Collector:
 
     def _curate(self, lines: Sequence[dict[str, Any]]) -> Curated:
         """The recipe's steps, then the last gate; what both left out is written down, also where nothing is left."""
-        prepared, context_tokens = self.prepared, self.prepared.context_tokens
+        prepared = self.prepared
         steps = chosen(prepared.recipe, prepared.inputs)
         steps.require_planned(prepared.plan.curation)
-        found = curated_lines(steps.pipeline, lines, prepared.prompts.prompts)
-        reasons = found.reasons
-        curated = curate((_candidate(line, context_tokens, reasons.get(line["prompt_id"])) for line in lines), max_tokens=context_tokens)
+        found, curated = curated_by(steps, prepared, lines)
         write(self.run, steps.pipeline, found, curated, lines, prepared.prompts.prompts)
         return curated
+
+
+def line_of(answered: Answered, record: str | None, seconds: float) -> dict[str, Any]:
+    """A line of collect.jsonl."""
+    return {
+        "prompt_id": answered.prompt.id,
+        "record_id": record,
+        "prompt_tokens": answered.prompt_tokens,
+        "answer_tokens": answered.answer_tokens,
+        "finished": answered.finished,
+        "answer": answered.answer,
+        "left_out": answered.left_out,
+        "given": answered.given,
+        "finish_reason": answered.finish_reason,
+        "reasoning": answered.reasoning,
+        "placeholders_unknown": answered.placeholders_unknown,
+        "seconds": round(seconds, 6),
+    }
+
+
+def curated_by(steps: Chosen, prepared: Prepared, lines: Sequence[dict[str, Any]]) -> tuple[Curation, Curated]:
+    """What the recipe's steps leave of them, and what the last gate does."""
+    context_tokens, found = prepared.context_tokens, curated_lines(steps.pipeline, lines, prepared.prompts.prompts)
+    reasons = found.reasons
+    return found, curate((_candidate(line, context_tokens, reasons.get(line["prompt_id"])) for line in lines), max_tokens=context_tokens)
 
 
 def _candidate(line: dict[str, Any], context_tokens: int, found: DropReason | None) -> Candidate:

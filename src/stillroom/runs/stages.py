@@ -87,7 +87,7 @@ def collect_shard(recipe: Recipe, out: Path, index: int, count: int, *, observer
     found = Run.begin(recipe, out)
     again = f"To resume, run the same command again with --out {out}."
     with durable.full_disk_reported(found.directory), silence(), found.locked(), StopRequest(again) as stop:
-        prepared = prepare(recipe, out=found.directory, planned=_plan_of(found), gate=True)
+        prepared = prepare(recipe, out=found.directory, planned=plan_of(found), gate=True)
         with Purchases.opened(found, prepared, observer, stop) as purchases:
             rows = BoughtAnswers(purchases, found).buy_shard(prepared.prompts.prompts, index, count)
             observer.note(f"{rows:,} of {len(prepared.prompts.prompts):,} prompts are this machine's, and bought")
@@ -126,7 +126,7 @@ class Stages:
     def prepared(self) -> Prepared:
         """The recipe, checked; gate 1 is passed here, so nothing can be spent without it."""
         if self._prepared is None:
-            prepared = prepare(self.run.recipe, out=self.run.directory, planned=_plan_of(self.run), gate=True)
+            prepared = prepare(self.run.recipe, out=self.run.directory, planned=plan_of(self.run), gate=True)
             torch.set_num_threads(prepared.plan.hardware.threads)
             torch.use_deterministic_algorithms(True, warn_only=True)
             if self.run.state != "new" and self.processes.is_first:
@@ -204,7 +204,7 @@ def compare(run: Run, *, prompt: str | None, file: Path | None) -> list[tuple[st
     """Prompt, teacher's answer, student's answer, for one prompt or for each of a file."""
     run.require("trained", "train")
     behind_endpoint = run.recipe.teacher.endpoint is not None
-    prepared = prepare(run.recipe, out=run.directory, planned=_plan_of(run), gate=behind_endpoint)
+    prepared = prepare(run.recipe, out=run.directory, planned=plan_of(run), gate=behind_endpoint)
     typed = (Prompt.of(prompt),) if prompt is not None else load_prompts(file).prompts
     asked = prepared.inputs.taken_in(typed)
     ids = [prepared.renderer.prompt_ids(one) for one in asked]
@@ -226,7 +226,7 @@ def compare(run: Run, *, prompt: str | None, file: Path | None) -> list[tuple[st
     return [(one.content, *pair) for one, *pair in zip(typed, *shown, strict=True)]
 
 
-def _plan_of(run: Run) -> Plan | None:
+def plan_of(run: Run) -> Plan | None:
     """The plan that was made when the run began, if it has begun."""
     return read(run.plan_path, Plan) if run.state != "new" else None
 

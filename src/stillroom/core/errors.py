@@ -99,6 +99,7 @@ CODES: dict[str, str] = {
     "guard-plan": "A test was planned otherwise than it is to be run.",
     "guard-evidence": "Evidence cannot be read, or is not what it says it is.",
     "guard-calibration": "A record of calibration cannot be used.",
+    "guard-sampler": "A keyed sampler cannot be used with its settings.",
     "guard-logits": "Logits are not those that a sampler was made for.",
 }
 

@@ -70,7 +70,8 @@ def winners(probabilities_BM: Floats, coins_BML: NDArray[numpy.uint8]) -> Floats
     won_BM = probabilities_BM
     for layer in range(coins_BML.shape[2]):
         coin_BM = coins_BML[:, :, layer].astype(numpy.float64)
-        won_BM = numpy.asarray(won_BM * (1.0 + coin_BM - (won_BM * coin_BM).sum(axis=1, keepdims=True)))
+        # 1 + g - <p, g>, with 1 - <p, g> summed over what loses: a difference of sums could come out below 0.
+        won_BM = numpy.asarray(won_BM * (coin_BM + (won_BM * (1.0 - coin_BM)).sum(axis=1, keepdims=True)))
     return numpy.asarray(won_BM / won_BM.sum(axis=1, keepdims=True))
 
 

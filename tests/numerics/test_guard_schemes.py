@@ -158,11 +158,11 @@ def test_a_tournament_of_many_layers_stays_a_distribution() -> None:
 
 @pytest.mark.parametrize("scheme", PLAIN, ids=lambda scheme: scheme.name)
 def test_the_law_of_the_scores_holds_over_keys(scheme: Scheme) -> None:
-    """2,000 keys over one set of pairs: rejections at 5 % and 1 % no more than chance, and for the continuous law p uniform."""
+    """1,000 keys over one set of pairs: rejections at 5 % and 1 % no more than chance, and for the continuous law p uniform."""
     rng = np.random.default_rng(0)
     windows, tokens = rng.integers(0, 30, size=(150, 2)), rng.integers(0, 30, size=150)
     pairs = np.unique(np.column_stack([windows, tokens]), axis=0)
-    log_p = np.array([scheme.log_p(float(scheme.scores(key(number), pairs[:, :2], pairs[:, 2]).sum()), len(pairs)) for number in range(2000)])
+    log_p = np.array([scheme.log_p(float(scheme.scores(key(number), pairs[:, :2], pairs[:, 2]).sum()), len(pairs)) for number in range(1000)])
     for alpha in (0.05, 0.01):
         assert not more_than_chance(int((log_p <= math.log(alpha)).sum()), len(log_p), alpha)
     # And not fewer than a law that is exact allows: discreteness leaves at least half of 5 %.

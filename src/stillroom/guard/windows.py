@@ -266,11 +266,10 @@ def exactly_written(vocabulary: Vocabulary, ids: TokenIds, pieces: Sequence[byte
 
     `ids` are the teacher's tokens of the answer's text, `pieces` the bytes of the suspect's tokens, in order.
     """
-    _, bounds, text = _cut(_bytes(vocabulary, ids))
+    starts, bounds, text = _cut(_bytes(vocabulary, ids))
     piece_starts, piece_bounds, piece_text = _cut(pieces, like=text)
     alike = _common(text, piece_text)
     spans = set(zip(piece_starts, piece_bounds, strict=True))
-    starts = [0, *bounds[:-1]]
     return tuple(start < end <= alike and (start, end) in spans for start, end in zip(starts, bounds, strict=True))
 
 

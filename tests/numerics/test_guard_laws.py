@@ -62,10 +62,12 @@ def test_the_ends_of_the_tails() -> None:
 
 
 def test_the_tails_fall_at_every_step_across_the_place_where_the_method_changes() -> None:
-    binomial = [laws.log_binomial_tail(4000, 0.25, k) for k in range(1000, 2600)]
-    assert min(binomial) < math.log(1e-300) and (np.diff(binomial) < 0).all()
-    gamma = [laws.log_gamma_tail(1000, t) for t in np.linspace(1000, 3500, 1500)]
-    assert min(gamma) < math.log(1e-300) and (np.diff(gamma) < 0).all()
+    binomial = [laws.log_binomial_tail(4000, 0.25, k) for k in range(1000, 2600, 5)]
+    assert min(binomial) < math.log(1e-300)
+    assert (np.diff(binomial) < 0).all()
+    gamma = [laws.log_gamma_tail(1000, t) for t in np.linspace(1000, 3500, 300)]
+    assert min(gamma) < math.log(1e-300)
+    assert (np.diff(gamma) < 0).all()
 
 
 @given(st.integers(1, 40), st.data(), st.sampled_from([0.95, 0.99]))

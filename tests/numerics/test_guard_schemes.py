@@ -43,7 +43,9 @@ def over_windows(scheme: Scheme, probabilities: np.ndarray, keys: int, windows: 
 
 
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
-@pytest.mark.parametrize("scheme", [GumbelMax(window=2), Tournament(window=2), Tournament(window=2, layers=1)], ids=["gumbel", "20 layers", "1 layer"])
+@pytest.mark.parametrize(
+    "scheme", [GumbelMax(window=2), Tournament(window=2), Tournament(window=2, layers=1)], ids=["gumbel", "20 layers", "1 layer"]
+)
 def test_over_keys_the_distribution_is_the_model_s(scheme: Scheme, name: str) -> None:
     """Tokens drawn from the watermarked distributions, counted, against the model's: chi-square at one in a million."""
     probabilities = DISTRIBUTIONS[name]
@@ -202,7 +204,15 @@ def test_a_scheme_is_its_settings(scheme: Scheme) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"scheme": "other"}, {"scheme": "gumbel", "window": 0}, {"scheme": "gumbel", "windows": 2}, {"scheme": "redgreen", "gamma": 1.0}, {"scheme": "tourney", "layers": 65}]
+    "settings",
+    [
+        {},
+        {"scheme": "other"},
+        {"scheme": "gumbel", "window": 0},
+        {"scheme": "gumbel", "windows": 2},
+        {"scheme": "redgreen", "gamma": 1.0},
+        {"scheme": "tourney", "layers": 65},
+    ],
 )
 def test_settings_that_are_no_scheme_s_are_refused(settings: dict[str, object]) -> None:
     with pytest.raises(GuardError) as refused:

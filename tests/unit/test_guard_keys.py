@@ -39,7 +39,20 @@ def test_derivation_is_that_of_the_standard(case: tuple[bytes, bytes, bytes, str
 
 
 def test_subkeys_differ_by_every_name_and_by_the_type_of_a_name() -> None:
-    names: list[tuple[str | int, ...]] = [(), ("a",), ("b",), ("a", "b"), ("b", "a"), ("ab",), ("1",), (1,), ("",), ("", ""), ("epoch", 1), ("epoch", "1")]
+    names: list[tuple[str | int, ...]] = [
+        (),
+        ("a",),
+        ("b",),
+        ("a", "b"),
+        ("b", "a"),
+        ("ab",),
+        ("1",),
+        (1,),
+        ("",),
+        ("", ""),
+        ("epoch", 1),
+        ("epoch", "1"),
+    ]
     found = {key(0).subkey(*some) for some in names}
     assert len(found | {key(0)}) == len(names) + 1
     assert key(0).subkey("a") == key(0).subkey("a")
@@ -55,7 +68,9 @@ def test_subkeys_differ_by_every_name_and_by_the_type_of_a_name() -> None:
         hashlib.sha256(b"15485863").digest(),
         (42).to_bytes(KEY_BYTES, "big"),
         hashlib.sha256(b"0").digest(),
-        hashlib.sha256(b"654,400,836,123,340,443,597,160,57,29,590,639,13,715,468,990,966,226,324,585,118,504,421,521,129,669,732,225,90,960").digest(),
+        hashlib.sha256(
+            b"654,400,836,123,340,443,597,160,57,29,590,639,13,715,468,990,966,226,324,585,118,504,421,521,129,669,732,225,90,960"
+        ).digest(),
         b"password".ljust(KEY_BYTES, b"\0"),
         bytes([1, 2, 3, 4] * 8),
     ],
@@ -113,7 +128,17 @@ def test_a_key_file_that_others_can_read_is_refused(tmp_path: Path, mode: int) -
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{", b"\xff\xfe", b"[]", b"null", b'{"version": 2, "key": "' + b"ab" * 32 + b'"}', b'{"version": 1}', b'{"version": 1, "key": 3}', b"[" * 100_000],
+    [
+        b"",
+        b"{",
+        b"\xff\xfe",
+        b"[]",
+        b"null",
+        b'{"version": 2, "key": "' + b"ab" * 32 + b'"}',
+        b'{"version": 1}',
+        b'{"version": 1, "key": 3}',
+        b"[" * 100_000,
+    ],
 )
 def test_a_file_that_is_no_key_file_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "key.json"

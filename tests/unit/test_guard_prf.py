@@ -75,7 +75,12 @@ def test_the_plain_implementation_gives_the_papers_own_value() -> None:
 ids = st.integers(0, 2**32 - 1)
 
 
-@given(st.sampled_from(["redgreen", "gumbel", "x"]), st.lists(st.tuples(ids, ids, ids, ids), min_size=1, max_size=5), st.integers(0, 3), st.integers(0, 9))
+@given(
+    st.sampled_from(["redgreen", "gumbel", "x"]),
+    st.lists(st.tuples(ids, ids, ids, ids), min_size=1, max_size=5),
+    st.integers(0, 3),
+    st.integers(0, 9),
+)
 def test_it_is_a_function_of_key_scheme_window_and_token(scheme: str, rows: list[tuple[int, ...]], window: int, number: int) -> None:
     array = np.array(rows, dtype=np.uint64)
     found = prf.keyed(key(number), scheme, array[:, :window], array[:, -1])

@@ -129,7 +129,12 @@ rules = st.sampled_from(["pair", "window"])
 def test_pairs_of_answers_are_those_of_a_plain_loop(some: list[Answer], k: int, once_per: OncePer, filtered: bool) -> None:
     only = WindowSet.of([answer.answer_ids for answer in some[::2]], k) if filtered else None
     known = None if only is None else {tuple(window) for window in only.windows_NK.tolist()}
-    check(pairs_of_answers(some, k, once_per=once_per, only=only), plain_answers(some, k, once_per, known), filtered, sum(len(a.answer_ids) for a in some))
+    check(
+        pairs_of_answers(some, k, once_per=once_per, only=only),
+        plain_answers(some, k, once_per, known),
+        filtered,
+        sum(len(a.answer_ids) for a in some),
+    )
 
 
 @settings(max_examples=40)
@@ -137,7 +142,12 @@ def test_pairs_of_answers_are_those_of_a_plain_loop(some: list[Answer], k: int, 
 def test_pairs_of_readings_are_those_of_a_plain_loop(some: list[Reading], k: int, once_per: OncePer, filtered: bool) -> None:
     only = WindowSet.of([reading.context_ids for reading in some[::2]], k) if filtered else None
     known = None if only is None else {tuple(window) for window in only.windows_NK.tolist()}
-    check(pairs_of_readings(some, k, once_per=once_per, only=only), plain_readings(some, k, once_per, known), filtered, sum(len(r.context_ids) for r in some))
+    check(
+        pairs_of_readings(some, k, once_per=once_per, only=only),
+        plain_readings(some, k, once_per, known),
+        filtered,
+        sum(len(r.context_ids) for r in some),
+    )
 
 
 def test_long_windows_of_large_ids_are_told_apart_exactly() -> None:
@@ -204,7 +214,10 @@ def test_evidence_survives_json_and_what_is_none_is_refused() -> None:
 # -- another tokenizer (pitfall P12) -----------------------------------------------------------------------------------
 
 TEACHER = Vocabulary(
-    tokens=(b"the", b" cat", b" sat", b" ", b"c", b"at", b" the", b"<end>", b"\xc3", b"\xa9", b" cat", b" s"), special={"<end>": 7}, end_ids=(7,), rows=16
+    tokens=(b"the", b" cat", b" sat", b" ", b"c", b"at", b" the", b"<end>", b"\xc3", b"\xa9", b" cat", b" s"),
+    special={"<end>": 7},
+    end_ids=(7,),
+    rows=16,
 )
 
 

@@ -1,15 +1,18 @@
 """From token ids to the (window, token) pairs that a keyed scheme scores, and what is left out on the way, counted by reason.
 
-Three rules make the scores of the pairs independent under the null, whatever the suspect:
+Three rules keep the law of the scores under the null, whatever the suspect:
 
-- a pair is scored once over all evidence, for a second time it says nothing new (without this rule a test at 1 % has rejected innocent text 14-40 % of
-  the time);
+- a pair is scored once over all evidence: for a second time it says nothing new (pooled as they come, the tokens of innocent text have been rejected 14 to
+  40 % of the time at 1 %);
 - a window is left out where the suspect has read it, with the token that follows it, earlier in what it was given: what it was given may be watermarked,
-  and whoever continues it may copy;
+  and whoever continues or imitates it copies its choices;
 - a token that the suspect did not choose as that token, because its tokenizer cuts the text otherwise, is not scored.
 
-So whether a pair enters does not depend on the pair's own keyed value. With `once_per="window"` each window's keyed values enter once, and then the values
-are fresh one after the other even where the texts that were read are watermarked with the key.
+Where nothing that the suspect was given depends on the key, which pairs enter does not depend on it at all, and their keyed values are independent. Where it
+does (reading mode reads the key's own texts), whether a pair enters still does not depend on the pair's own value, since up to its window the text did not;
+but which texts follow depends on the values of pairs before. With `once_per="window"` each window's values enter once, at their first use over the pool,
+and come fresh one after the other there too. For this a text must be given from where it begins: of what the suspect did not read of it, no prediction is
+there (-1), or it stands in the prompt.
 
 T token positions of all texts laid end to end, E ends of windows, N pairs, K tokens of a window.
 """
@@ -19,6 +22,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal, TypeAlias
 
 import numpy
@@ -276,9 +280,9 @@ def exactly_written(vocabulary: Vocabulary, ids: TokenIds, pieces: Sequence[byte
 def aligned_reading(vocabulary: Vocabulary, context_ids: TokenIds, pieces: Sequence[bytes], predicted: Sequence[bytes]) -> Reading:
     """What a suspect with a tokenizer of its own found most probable, in the teacher's tokens.
 
-    `pieces` are the bytes of the suspect's tokens of the same text (b"" for its special ones), `predicted[j]` those of its most probable next token after pieces[: j + 1]. A prediction
-    counts where the suspect has read the bytes of context_ids[: t + 1] and not one more, and where exactly one ordinary token of the teacher has the
-    bytes that it predicts. Anywhere else it could have read a part of the token whose choice is being tested.
+    `pieces` are the bytes of the suspect's tokens of the same text (b"" for its special ones), `predicted[j]` those of its most probable next token after
+    pieces[: j + 1]. A prediction counts where the suspect has read the bytes of context_ids[: t + 1] and not one more, and where exactly one ordinary
+    token of the teacher has the bytes that it predicts. Anywhere else it could have read a part of the token whose choice is being tested.
     """
     if len(pieces) != len(predicted):
         raise _bad(f"{len(pieces)} pieces and {len(predicted)} predictions", "one prediction after each piece")
@@ -296,6 +300,7 @@ def _bytes(vocabulary: Vocabulary, ids: TokenIds) -> list[bytes]:
     return [b"" if index in vocabulary.special_ids else vocabulary.tokens[index] for index in ids]
 
 
+@lru_cache(maxsize=4)
 def _single_tokens(vocabulary: Vocabulary) -> dict[bytes, int]:
     """The id of each byte string that is exactly one ordinary token."""
     found: dict[bytes, int] = {}

@@ -1,0 +1,239 @@
+"""The detector: what a plan binds to, what is refused, what a finding says; and the decoys' exact rank."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from guard_cases import key, live_key, random_model, write
+from stillroom.core.errors import GuardError
+from stillroom.guard.decoys import DISAGREEMENT, LiveKey, disagrees, rank_p
+from stillroom.guard.gumbel import GumbelMax
+from stillroom.guard.radioactivity import Mode, Radioactivity
+from stillroom.guard.red_green import RedGreen
+from stillroom.guard.windows import NO_TOKEN, READ_BEFORE, SCORED_BEFORE, SHORT, Answer, Reading, WindowSet
+
+SIZE = 50
+
+
+def detector(mode: Mode = "closed", **more: object) -> Radioactivity:
+    settings = {"mode": mode, "scheme": RedGreen(window=1), "key": live_key(0, 9), "vocabulary": "ab" * 32, "size": SIZE}
+    return Radioactivity(**{**settings, **more})  # type: ignore[arg-type]
+
+
+def answers(number: int = 0, count: int = 20) -> list[Answer]:
+    rng = np.random.default_rng(number)
+    return [Answer(prompt_ids=tuple(rng.integers(0, SIZE, 4).tolist()), answer_ids=tuple(rng.integers(0, SIZE, 12).tolist())) for _ in range(count)]
+
+
+OTHERS = [
+    {"mode": "open"},
+    {"scheme": RedGreen(window=2)},
+    {"scheme": RedGreen(window=1, gamma=0.5)},
+    {"scheme": GumbelMax(window=1)},
+    {"key": live_key(1, 9)},
+    {"key": live_key(0, 8)},
+    {"key": live_key(0, 9).for_serving(epoch="1", cohort="a")},
+    {"vocabulary": "cd" * 32},
+    {"size": SIZE + 1},
+    {"supervised": True},
+    {"only": WindowSet.of([(1, 2)], 1)},
+    {"once_per": "window"},
+]
+
+
+@pytest.mark.parametrize("other", OTHERS, ids=lambda other: next(iter(other)))
+def test_a_plan_is_of_one_test_alone(other: dict[str, object]) -> None:
+    plan = detector(**other).plan(alpha=0.01)
+    assert plan.sha256 != detector().plan(alpha=0.01).sha256
+    with pytest.raises(GuardError, match="a plan with other") as refused:
+        detector().test(plan, answers())
+    assert refused.value.code == "guard-plan"
+
+
+def test_a_plan_was_there_before_the_data_and_alpha_is_a_part_of_it() -> None:
+    mine = detector()
+    assert mine.plan(alpha=0.01) == mine.plan(alpha=0.01) != mine.plan(alpha=0.05)
+    with pytest.raises(GuardError, match="stopping"):
+        mine.test(dataclasses.replace(mine.plan(alpha=0.01), stopping="sequential"), answers())
+    only = WindowSet.of([(1, 2), (3, 4)], 1)
+    plan = detector(only=only, once_per="window", supervised=True).plan(alpha=0.01)
+    again = Radioactivity.planned(plan, live_key(0, 9), vocabulary="ab" * 32, size=SIZE, only=only)
+    assert again.plan(alpha=0.01) == plan
+    for wrong in (
+        lambda: Radioactivity.planned(plan, live_key(1, 9), vocabulary="ab" * 32, size=SIZE, only=only),
+        lambda: Radioactivity.planned(plan, live_key(0, 9), vocabulary="ab" * 32, size=SIZE, only=WindowSet.of([(1, 2)], 1)),
+        lambda: Radioactivity.planned(dataclasses.replace(plan, settings={}), live_key(0, 9), vocabulary="ab" * 32, size=SIZE),
+        lambda: Radioactivity.planned(
+            dataclasses.replace(plan, settings=plan.settings | {"scheme": {}}), live_key(0, 9), vocabulary="ab" * 32, size=SIZE
+        ),
+    ):
+        with pytest.raises(GuardError) as refused:
+            wrong()
+        assert refused.value.code == "guard-plan"
+
+
+def test_nothing_of_a_plan_or_a_finding_is_a_key() -> None:
+    mine = detector()
+    plan = mine.plan(alpha=0.01)
+    text = f"{plan} {plan.as_json()} {mine} {mine.test(plan, answers()).as_json()}"
+    for some in (mine.key.secret, mine.key.live, *mine.key.others):
+        assert some.secret.hex() not in text
+        assert repr(some.secret)[2:-1] not in text
+
+
+def test_the_finding_is_the_law_and_the_rank_of_the_scores() -> None:
+    mine = detector()
+    plan = mine.plan(alpha=0.01)
+    found = mine.test(plan, answers())
+    pairs = mine.pairs(answers())
+    totals = [float(mine.scheme.scores(some, pairs.windows_NK, pairs.tokens_N).sum()) for some in (mine.key.live, *mine.key.others)]
+    assert found.statistic == totals[0]
+    assert found.scored == len(pairs)
+    assert found.log_p == mine.scheme.log_p(totals[0], len(pairs))
+    assert found.rank_p == (1 + sum(total >= totals[0] for total in totals[1:])) / 10
+    assert found.refused is None
+    assert found.details["scored_share"] == pytest.approx(len(pairs) / 240)
+    assert sum(found.left_out.values()) + found.scored == 240
+    alone = detector(key=live_key(0, 0))
+    assert alone.test(alone.plan(alpha=0.01), answers()).rank_p is None
+
+
+@pytest.mark.parametrize("mode", ["closed", "open"])
+def test_without_anything_to_score_there_is_no_p(mode: Mode) -> None:
+    mine = detector(mode)
+    plan = mine.plan(alpha=0.05)
+    empty = mine.test(plan, [])
+    assert (empty.log_p, empty.rank_p, empty.statistic, empty.scored, empty.rejects) == (None, None, None, 0, False)
+    assert empty.p_text == "no p: nothing was left to score (there was no data)"
+    repeats = (3, 4, 3, 4, 3, 4)
+    if mode == "closed":
+        copied = mine.test(plan, [Answer(prompt_ids=repeats, answer_ids=(3, 4, 3, 4))])
+    else:
+        copied = mine.test(plan, [Reading(context_ids=repeats, predicted_ids=(NO_TOKEN, NO_TOKEN, 4, 3, 4, 3))])
+    assert copied.log_p is None
+    assert f"4 {READ_BEFORE}" in copied.p_text
+
+
+def test_a_suspect_that_always_answers_the_same_leaves_little_to_score() -> None:
+    """Pitfall P11: at temperature 0 a thousand answers to one prompt are one answer, and the finding says how much of the text was scored."""
+    mine = detector(key=live_key(0, 0))
+    one = Answer(prompt_ids=(1, 2), answer_ids=(5, 6, 7, 8))
+    found = mine.test(mine.plan(alpha=0.01), [one] * 1000)
+    assert found.scored == 4
+    assert found.left_out == {SHORT: 0, "where the suspect's token is none of the teacher's": 0, READ_BEFORE: 0, SCORED_BEFORE: 3996}
+    assert found.details["scored_share"] == pytest.approx(0.001)
+    assert found.log_p is not None
+    assert found.log_p >= 4 * math.log(0.25)
+
+
+def test_evidence_of_the_other_kind_or_of_another_vocabulary_is_refused() -> None:
+    reading = Reading(context_ids=(1, 2), predicted_ids=(2, 3))
+    for mine, evidence, says in (
+        (detector("closed"), [reading], "readings in a closed test"),
+        (detector("open"), answers(count=1), "answers in an open test"),
+        (detector("closed"), [Answer(prompt_ids=(1,), answer_ids=(SIZE,))], f"token {SIZE}"),
+        (detector("open"), [Reading(context_ids=(1,), predicted_ids=(SIZE,))], f"token {SIZE}"),
+        (detector("closed"), [Answer(prompt_ids=(1,), answer_ids=(-1,))], "token ids from -1"),
+    ):
+        with pytest.raises(GuardError, match=says) as refused:
+            mine.test(mine.plan(alpha=0.01), evidence)
+        assert refused.value.code == "guard-evidence"
+
+
+def test_only_what_an_epoch_and_a_cohort_were_served_with_finds_it() -> None:
+    """Pitfalls P4 and P14: keys of a later epoch, and of other accounts, are free negative controls; a leaked one tells nothing of the others."""
+    secret = live_key(0, 9)
+    served = secret.for_serving(epoch="2026-11", cohort="a")
+    scheme = RedGreen(window=1, delta=4.0)
+    rng = np.random.default_rng(0)
+    texts = [Answer(prompt_ids=(), answer_ids=tuple(text)) for text in write(scheme, served.live, random_model(SIZE, rng), 40, 30, rng).tolist()]
+
+    def log_p(some: LiveKey) -> float:
+        mine = detector(scheme=scheme, key=some)
+        found = mine.test(mine.plan(alpha=0.01), texts)
+        assert found.log_p is not None
+        return found.log_p
+
+    assert log_p(served) < math.log(1e-20)
+    for other in (secret, secret.for_serving(epoch="2026-12", cohort="a"), secret.for_serving(epoch="2026-11", cohort="b"), live_key(1, 9)):
+        assert log_p(other) > math.log(1e-6)
+    assert secret.for_serving(epoch="2026-11", cohort="a").commitment == secret.commitment
+
+
+# -- decoys ------------------------------------------------------------------------------------------------------------
+
+
+def test_one_secret_gives_the_keys_and_which_is_live() -> None:
+    one = live_key(0, 9)
+    assert len({one.live, *one.others}) == 10
+    assert one.place == live_key(0, 9).place
+    places = [live_key(number, 3).place for number in range(400)]
+    assert stats.chisquare(np.bincount(places, minlength=4)).pvalue > 1e-6
+    assert live_key(0, 0).place == 0
+    assert live_key(0, 0).others == ()
+    with pytest.raises(ValueError, match="0 or more"):
+        live_key(0, -1)
+
+
+def test_the_commitment_binds_to_secret_and_number_of_decoys() -> None:
+    assert len({live_key(0, 9).commitment, live_key(0, 10).commitment, live_key(1, 9).commitment}) == 3
+    assert LiveKey.generate().commitment != LiveKey.generate().commitment
+
+
+def test_a_live_key_comes_from_a_key_file(tmp_path: Path) -> None:
+    key(3).save(tmp_path / "key.json")
+    assert LiveKey.load(tmp_path / "key.json", 9) == live_key(3, 9)
+    assert key(3).secret.hex() not in repr(LiveKey.load(tmp_path / "key.json"))
+
+
+def test_the_rank_s_p() -> None:
+    assert rank_p(0, 99) == 0.01
+    assert rank_p(99, 99) == 1.0
+    for at_least, decoys in ((-1, 9), (10, 9), (0, 0)):
+        with pytest.raises(ValueError):
+            rank_p(at_least, decoys)
+
+
+@pytest.mark.parametrize("decoys", [1, 19, 99, 199])
+def test_a_law_that_holds_is_called_wrong_as_seldom_as_it_says(decoys: int) -> None:
+    """Exactly: for each p of the law, the probability of all counts that raise the alarm."""
+    counts = np.arange(decoys + 1)
+    for p in (1e-300, 1e-12, 1e-6, 1e-4, 1e-3, 0.003, 0.01, 0.03, 0.1, 0.3, 0.5, 0.9, 0.999, 1.0):
+        alarms = [count for count in counts.tolist() if disagrees(math.log(p), count, decoys)]
+        assert float(stats.binom.pmf(alarms, decoys, p).sum()) <= DISAGREEMENT
+        assert len(alarms) > 0 or decoys < 19
+
+
+def test_the_floor_of_the_rank_is_no_disagreement_and_a_shifted_law_is() -> None:
+    assert not disagrees(-5000.0, 0, 99)
+    assert not disagrees(-math.inf, 0, 99)
+    assert disagrees(-5000.0, 1, 99)
+    assert disagrees(-math.inf, 1, 99)
+    assert not disagrees(math.log(0.01), 1, 99)
+    assert disagrees(math.log(0.01), 50, 99)
+    assert disagrees(math.log(0.5), 0, 99)
+    assert disagrees(0.0, 98, 99)
+    assert not disagrees(0.0, 99, 99)
+
+
+def test_an_alarm_takes_the_claim_away() -> None:
+    class Shifted(RedGreen):
+        """A law that is wrong for every key: it takes a quarter of the pairs to be green where half are."""
+
+        def scores(self, key, windows_NK, tokens_N):  # type: ignore[no-untyped-def]
+            return RedGreen(window=1, gamma=0.5).scores(key, windows_NK, tokens_N)
+
+    mine = detector(scheme=Shifted(window=1), key=live_key(0, 99))
+    found = mine.test(mine.plan(alpha=0.01), answers())
+    assert found.log_p is not None
+    assert found.log_p < math.log(0.01)
+    assert found.rank_p is not None
+    assert found.rank_p > 0.01
+    assert found.alarm is not None
+    assert not found.rejects

@@ -85,7 +85,10 @@ class Radioactivity:
     def test(self, plan: Plan, evidence: Sequence[Answer] | Sequence[Reading]) -> Finding:
         """What the evidence says of the live key. Raises GuardError 'guard-plan' and 'guard-evidence'."""
         self._require(plan)
-        pairs = self.pairs(evidence)
+        return self.finding(plan, self.pairs(evidence))
+
+    def finding(self, plan: Plan, pairs: Pairs) -> Finding:
+        """The same of pairs that `pairs` gave, whose plan nobody compares: for a calibration, which scores the same pairs with many keys."""
         if not len(pairs):
             return nothing_scored(plan, pairs.left_out)
         total = self.total(self.key.live, pairs)

@@ -116,6 +116,7 @@ class KeyedSampler:
             "candidates": self.candidates,
             "share": self.share,
             "begins_after": list(self.begins_after),
+            "pad_id": self.pad_id,
         }
 
     # -- the distribution ----------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
-"""Write the generated pages of docs/reference: cli.md, recipe.md, plan.md, cards.md, report.md, report.schema.json, fake-endpoint.md, errors.md.
+"""Write the generated pages of docs/reference: cli.md, recipe.md, plan.md, cards.md, report.md, report.schema.json, fake-endpoint.md,
+servers.md, errors.md.
 
     python scripts/generate_docs.py [--check]
 
@@ -258,6 +259,40 @@ def _commented_choices(source: str, name: str) -> list[tuple[str, str]]:
     return [(choice, comment) for line in lines for choice, comment in re.findall(r'^ +"([^"]+)",(?: +# (.*))?$', line)]
 
 
+# --- what servers honour ------------------------------------------------------------------------------------------------------------
+
+
+def servers_page() -> str:
+    """The newest result of benchmarks/servers.py."""
+    path = max((ROOT / "benchmarks" / "results").glob("*-servers.json"))
+    result = json.loads(path.read_text(encoding="utf-8"))
+    servers = result["servers"]
+    findings = [{finding["name"]: finding for finding in server["findings"]} for server in servers]
+    rows = [(f"`{name}`", *(_found(found[name]) for found in findings)) for name in findings[0]]
+    body = table(("finding", *(server["name"] for server in servers)), rows)
+    for server, found in zip(servers, findings, strict=True):
+        signal = server["signal"]
+        kind = f"`top_k` with k = {signal['k']}, {signal['reported']} temperature" if signal["kind"] == "top_k" else f"`{signal['kind']}`"
+        body += ["", f"## {server['name']}", "", f"{server['version']}, {server['model']}; {server['settings']}. {server['calls']} calls.", ""]
+        body += [f"A collection can have {kind}: {signal['why']}.", ""]
+        body += table(("finding", "verdict", "evidence"), [(f"`{name}`", _verdict(one), one["evidence"]) for name, one in found.items()])
+    introduction = (
+        "What `stillroom probe` found on the servers that are here. [What an endpoint really honours](../guides/probe-an-endpoint.md) says what a finding means, and finds out "
+        "the same of yours.\n\n"
+        f"{' '.join(result['caveats'])} `python benchmarks/servers.py` asks both again; a test holds the llama.cpp that is installed to what stands here.\n\n"
+        f"From [{path.name}](../../benchmarks/results/{path.name})."
+    )
+    return page("What servers honour", introduction, body)
+
+
+def _found(finding: dict[str, Any]) -> str:
+    return _verdict(finding) + ("" if finding["value"] is None else f": {finding['value']}")
+
+
+def _verdict(finding: dict[str, Any]) -> str:
+    return str(finding["verdict"]).replace("-", " ")
+
+
 # --- errors -------------------------------------------------------------------------------------------------------------------------
 
 
@@ -399,6 +434,7 @@ def pages() -> dict[str, str]:
         "report.md": report_page(),
         "report.schema.json": report_schema(),
         "fake-endpoint.md": fake_endpoint_page(),
+        "servers.md": servers_page(),
         "errors.md": errors_page(),
     }
 

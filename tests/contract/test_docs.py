@@ -24,7 +24,7 @@ DOCS = source.ROOT / "docs"
 DOCUMENTS = sorted([*source.ROOT.glob("*.md"), *DOCS.rglob("*.md"), *(source.ROOT / "recipes").glob("*.md")])
 
 
-@pytest.mark.parametrize("name", ["cli.md", "recipe.md", "plan.md", "report.md", "report.schema.json", "errors.md", "fake-endpoint.md"])
+@pytest.mark.parametrize("name", ["cli.md", "recipe.md", "plan.md", "report.md", "report.schema.json", "errors.md", "fake-endpoint.md", "servers.md"])
 def test_generated_pages_are_fresh(name: str) -> None:
     written = (DOCS / "reference" / name).read_text(encoding="utf-8")
     assert written == generate_docs.pages()[name], f"docs/reference/{name} is stale: run `make docs`"
@@ -161,6 +161,13 @@ def test_the_guide_to_several_devices_can_be_followed(tmp_path: Path) -> None:
 def test_the_guide_to_probing_can_be_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STILLROOM_TERMS", str(tmp_path / "terms"))
     _perform(DOCS / "guides" / "probe-an-endpoint.md", tmp_path)
+
+
+def test_the_guide_to_distilling_from_an_api_can_be_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STILLROOM_TERMS", str(tmp_path / "terms"))
+    _perform(DOCS / "guides" / "distil-from-an-api.md", tmp_path)
+    undocumented = _undocumented(tmp_path / "runs" / "tickets")
+    assert not undocumented, "\n".join(undocumented)
 
 
 def test_the_guide_to_serving_can_be_followed(tmp_path: Path) -> None:

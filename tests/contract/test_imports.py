@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import subprocess
 import sys
 import tomllib
 from graphlib import TopologicalSorter
+from pathlib import Path
 
 import pytest
 
 from contract import source
+from stillroom.core.identities import ModelRef, Sampling
+from stillroom.ledger import Circumstances, Collected, Ledger, PromptSource
+from stillroom.testing.fake_endpoint import fake_endpoint
 
 # docs/architecture.md, section 2. A room may import those named here, and nothing else of the package.
 ALLOWED: dict[str, set[str]] = {
@@ -159,14 +164,14 @@ def test_every_base_dependency_is_used() -> None:
 # Runs in a fresh interpreter in which the optional packages are not to be had: what is then imported works in a base install.
 WITHOUT_EXTRAS = """
 import importlib, sys
+from importlib.machinery import PathFinder
 
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {refused!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}} (refused by the test)", name=name)
-        return None
+class Without:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        return None if name.split(".")[0] in {refused!r} else PathFinder.find_spec(name, path, target)
 
-sys.meta_path.insert(0, Refuse())
+sys.meta_path[sys.meta_path.index(PathFinder)] = Without
 for name in {names!r}:
     importlib.import_module(name)
 """
@@ -205,3 +210,91 @@ def test_the_command_line_answers_without_torch(arguments: list[str]) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "Usage" in done.stdout
+
+
+EACH = """
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from stillroom.cli import main
+import json
+
+done = {{}}
+for name, arguments in {commands!r}.items():
+    sys.argv = ["stillroom", *arguments]
+    said, code = StringIO(), 0
+    with redirect_stdout(said), redirect_stderr(said):
+        try:
+            main()
+        except SystemExit as ended:
+            code = ended.code or 0
+    done[name] = (code, said.getvalue())
+
+from pathlib import Path
+from stillroom import web
+from stillroom.ledger import verify_ledger
+verify_ledger(Path({run!r}) / "ledger.jsonl")
+done["page"] = (0, str(web.write(Path({run!r}))))
+print(json.dumps(done))
+"""
+CIRCUMSTANCES = Circumstances(
+    teacher=ModelRef(source="fake-teacher", kind="endpoint", revision=None, weights_sha256=None, architecture=None, parameters=None, licence="own"),
+    sampling=Sampling(max_new_tokens=16),
+    prompt_source=PromptSource(name="pairs.jsonl", sha256="b" * 64),
+    signal="text",
+    terms=(),
+    decision="c" * 64,
+)
+RECIPE = """
+name: base
+teacher: {{endpoint: {{url: "{url}", model: fake-teacher}}}}
+terms: {{licence: own, base_licence: own}}
+student: {{model: {folder}/student}}
+prompts: {{path: {folder}/pairs.jsonl}}
+collection: {{max_tokens: 100000}}
+targets: {{kind: text}}
+objective: {{terms: [{{divergence: cross_entropy}}]}}
+"""
+
+
+def test_what_the_base_install_does_and_what_it_names_an_extra_for(tmp_path: Path) -> None:
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "two days", "answer": "P2D"}\n')
+    (tmp_path / "report.json").write_bytes((source.ROOT / "tests" / "fixtures" / "report.json").read_bytes())
+    Ledger.open(tmp_path).append(
+        [Collected(record_id="a" * 64, prompt="two days", output="P2D", prompt_tokens=3, output_tokens=4, circumstances=CIRCUMSTANCES)]
+    )
+    recipe, out = str(tmp_path / "recipe.yaml"), str(tmp_path / "run")
+    with fake_endpoint() as server:
+        Path(recipe).write_text(RECIPE.format(url=server.base_url, folder=tmp_path))
+        whom = [server.base_url, "--model", "fake-teacher", "--access", "weights", "--licence", "own", "--store", str(tmp_path / "requests.sqlite")]
+        works = {
+            "probe": ["probe", *whom],
+            "requests": ["requests", str(tmp_path / "requests.sqlite")],
+            "import": ["import", str(tmp_path / "pairs.jsonl"), "--to", str(tmp_path / "prompts.jsonl")],
+            "terms": ["terms", "show", "apache-2.0"],
+            "init": ["init", "--out", str(tmp_path / "written.yaml")],
+        }
+        lacks = {
+            "plan": (["plan", recipe], "train"),
+            "collect": (["collect", recipe, "--out", out], "train"),
+            "export": (["export", str(tmp_path), "--out", str(tmp_path / "student.gguf")], "train"),
+            "tokenizer": (["probe", *whom, "--tokenizer", str(tmp_path)], "train"),
+            "serve": (["serve", str(tmp_path)], "serve"),
+        }
+        child = _run_without_extras(
+            ["stillroom.cli"], EACH.format(commands=works | {name: words for name, (words, _) in lacks.items()}, run=str(tmp_path))
+        )
+        asked = server.bill.received
+    assert child.returncode == 0, child.stderr
+    done = json.loads(child.stdout)
+    for name in (*works, "page"):
+        assert done[name][0] == 0, done[name][1]
+    assert asked > 10
+    assert "signal" in done["probe"][1]
+    assert (tmp_path / "prompts.jsonl").is_file()
+    assert (tmp_path / "report.html").is_file()
+    for name, (_, extra) in lacks.items():
+        code, said = done[name]
+        assert code == 2
+        assert said.startswith("[missing-extra]"), said
+        assert f"pip install 'stillroom[{extra}]'" in said
+    assert not Path(out).exists()

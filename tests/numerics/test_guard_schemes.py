@@ -207,14 +207,21 @@ def test_a_scheme_is_its_settings(scheme: Scheme) -> None:
     "settings",
     [
         {},
+        None,
+        [],
+        {"scheme": "gumbel"},
+        {"scheme": "gumbel", "window": True},
+        {"scheme": "gumbel", "window": 2.0},
+        {"scheme": "redgreen", "window": 2, "gamma": "0.5", "delta": 1},
+        {"scheme": "redgreen", "window": 2, "gamma": 0.5, "delta": float("nan")},
         {"scheme": "other"},
         {"scheme": "gumbel", "window": 0},
         {"scheme": "gumbel", "windows": 2},
-        {"scheme": "redgreen", "gamma": 1.0},
-        {"scheme": "tourney", "layers": 65},
+        {"scheme": "redgreen", "window": 2, "gamma": 1.0, "delta": 1.0},
+        {"scheme": "tourney", "window": 2, "layers": 65},
     ],
 )
-def test_settings_that_are_no_scheme_s_are_refused(settings: dict[str, object]) -> None:
+def test_settings_that_are_no_scheme_s_are_refused(settings: object) -> None:
     with pytest.raises(GuardError) as refused:
         scheme_from_json(settings)
     assert refused.value.code == "guard-plan"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,18 @@ def test_the_bundled_teacher_served_by_llama_cpp(teacher: str, index: TokenIndex
     assert "counts" in report["n"].evidence  # llama.cpp's usage counts one of several choices
     assert report.calls <= MOST_CALLS
     assert signal(report).kind == "top_k"
+
+
+def test_the_server_that_is_installed_is_the_one_of_the_reference(teacher: str, index: TokenIndex) -> None:
+    """docs/reference/servers.md is written from the newest result of benchmarks/servers.py."""
+    newest = max((Path(__file__).parents[2] / "benchmarks" / "results").glob("*-servers.json"))
+    stored = next(server for server in json.loads(newest.read_text(encoding="utf-8"))["servers"] if server["name"] == "llama.cpp")
+    report = probed(Endpoint.parse(teacher, "teacher"), overflow_tokens=600, index=index)
+    assert stored["version"] == f"xllamacpp {metadata.version('xllamacpp')}", (
+        "another version: run benchmarks/servers.py and scripts/generate_docs.py"
+    )
+    assert [(one.name, one.verdict, one.value) for one in report.findings] == [(f["name"], f["verdict"], f["value"]) for f in stored["findings"]]
+    assert signal(report).kind == stored["signal"]["kind"]
 
 
 def test_entries_are_short_where_tokens_break_characters(tmp_path: Path) -> None:

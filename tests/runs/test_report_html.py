@@ -278,8 +278,34 @@ def close_together() -> dict[str, Any]:
     return report
 
 
+def behind_an_endpoint(*, purposes: tuple[str, ...] = ("collect", "evaluate", "compare")) -> dict[str, Any]:
+    """What was asked of an endpoint, with reasons of many words."""
+    report = base()
+    reasons = {"unverified-logprobs": 1_234_567, "unterminated-reasoning": 12, "near-duplicate": 3, "x" * 80: 1, HOSTILE[0]: 2}
+    rows = {"requested": 2_345_678, "accepted": 1_111_093, "rejected": reasons, "failed": {"content-filtered": 1}, "pending": 0}
+    asked = {purpose: rows | ({} if purpose == "collect" else {"rejected": {}, "failed": {}}) for purpose in purposes}
+    spent = {"value": 123_456_789.0, "unit": "tokens", "source": "requests.json"}
+    report["collection"] = {
+        "rows": asked, "logprobs_verified": 1_000_000, "logprobs_demoted": {"mass-above-one": 1_234_567}, "spent_tokens": spent,
+        "reserved_tokens": spent, "spent_money": {"value": 12.3456789, "unit": "USD", "source": "requests.json, at prices of 2026-11-01"},
+        "reserved_money": ABSENT, "cap_tokens": spent, "cap_money": ABSENT, "break_even_calls": ABSENT,
+    }  # fmt: skip
+    return report
+
+
+def many_purposes() -> dict[str, Any]:
+    """A store that was used for more than one run asks for."""
+    return behind_an_endpoint(purposes=("collect", "evaluate", "compare", "other", "something-of-your-own"))
+
+
+def nothing_asked() -> dict[str, Any]:
+    """A store without a row."""
+    return behind_an_endpoint(purposes=())
+
+
 VARIANTS: tuple[Callable[[], dict[str, Any]], ...] = (
     base, nothing_measured, without_items, without_label_only, one_point_no_samples, many_families, hostile, extremes, close_together,
+    behind_an_endpoint, many_purposes, nothing_asked,
 )  # fmt: skip
 
 
@@ -310,6 +336,14 @@ def complaints(browser: Chromium, path: Path) -> list[str]:
                 if url != path.as_uri() and not url.startswith("data:"):
                     found.append(f"asked for {url}")
     return found
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.__name__)
+def test_every_table_has_a_layout_for_phones(variant: Callable[[], dict[str, Any]], tmp_path: Path) -> None:
+    page = written(variant(), tmp_path).read_text(encoding="utf-8")
+    used = set(re.findall(r'<table[^>]* class="(grid-\d+)', page))
+    assert len(used) > 1
+    assert used <= set(re.findall(r"\.(grid-\d+) \{ --columns", page)), "a table is wider than the style sheet knows"
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.__name__)

@@ -220,15 +220,16 @@ def test_without_the_package_the_extra_is_named(student: Path, monkeypatch: pyte
 
 
 VLLM = """
-import json, sys
+import json, os, sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
 options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 print("a line on standard output " * 10000, flush=True)
-if options["--max-model-len"] == "13":
+if options.get("--max-model-len") == "13":
     sys.exit("thirteen is no length")
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
-        body = json.dumps(options).encode()
+        told = {name: os.environ.get(name) for name in ("VLLM_NO_USAGE_STATS", "DO_NOT_TRACK", "HF_HUB_OFFLINE")}
+        body = json.dumps({"words": sys.argv[1:], "environment": told}).encode()
         self.send_response(200)
         self.end_headers()
         self.wfile.write(body)
@@ -246,11 +247,16 @@ def test_vllm_is_given_the_directory_and_waited_for(student: Path, tmp_path: Pat
     monkeypatch.syspath_prepend(tmp_path)
     with started(student, SMALL, "vllm") as server:
         with urllib.request.urlopen(f"{server.base_url}/options", timeout=30) as answer:
-            options = json.load(answer)
-        assert options["--model"] == str(student)
-        assert options["--served-model-name"] == server.model == "ein student"
-        assert options["--max-model-len"] == "64"
-        port = int(options["--port"])
+            asked = json.load(answer)
+        port = asked["words"][7]
+        # vLLM's documentation has each of these; a trial of vLLM 0.32 on a CPU took all of them but --max-num-seqs, which it was not given.
+        assert asked["words"] == [
+            "--model", str(student), "--served-model-name", "ein student", "--host", "127.0.0.1", "--port", port, "--max-num-seqs", str(SMALL.parallel),
+            "--max-model-len", "64",
+        ]  # fmt: skip
+        assert asked["environment"] == {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
+        assert (server.model, server.base_url) == ("ein student", f"http://127.0.0.1:{port}/v1")
+        port = int(port)
     assert closes(port)
     with pytest.raises(StillroomError, match="thirteen is no length"), started(student, ServerSettings(context=13), "vllm"):
         pass

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import multiprocessing
+import os
 import random
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ import numpy
 import pytest
 
 from stillroom.collect.collector import Collector, Parsed, Policy, Progress, Reader
+from stillroom.collect.logprobs import TokenIndex
 from stillroom.collect.packing import pack, unpack
 from stillroom.collect.rate import RateController
 from stillroom.collect.spend import Caps, Price
@@ -24,6 +28,8 @@ from stillroom.collect.transport import open_transport
 from stillroom.collect.wire import Call, Endpoint, NotSent, OutcomeUnknown, Response
 from stillroom.core.errors import CollectError, Interrupted, SpendCapReached, StoreError
 from stillroom.core.interrupts import StopRequest
+from stillroom.targets.vocabulary import Vocabulary
+from stillroom.testing import language
 from stillroom.testing.fake_endpoint import fake_endpoint
 from stillroom.testing.settings import Limit, Settings
 
@@ -135,6 +141,53 @@ def test_log_probabilities_are_verified_and_packed_in_the_loop_and_in_a_process(
                     assert usage is not None
                     assert abs(len(verified) - usage.completion_tokens) <= 1
                     assert pack(verified) == packed
+
+
+def refused(*_: object) -> Any:
+    raise AssertionError("read in this process")
+
+
+def test_a_process_that_reads_knows_the_tokenizer_and_finds_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vocabulary = Vocabulary(tokens=(*language.TOKENS, b""), special={language.END_TEXT: language.END}, end_ids=(language.END,), rows=language.SIZE)
+    reader, found = Reader(index=TokenIndex(vocabulary)), {}
+    with fake_endpoint(Settings(answer_tokens=8)) as server:
+        where = endpoint(server.base_url)
+        for name, policy in (("loop", QUICK), ("process", Policy(decoders=1, inline_bytes=0))):
+            if name == "process":
+                monkeypatch.setattr("stillroom.collect.collector.read_response", refused)
+            (tmp_path / name).mkdir()
+            with opened(tmp_path / name, where, 20, logprobs=True, top_logprobs=20, seed=1) as store:
+                assert collect(store, where, policy=policy, parse=reader).answered == 20
+                answers = {row.row: (row.answer and asdict(replace(row.answer, response_id=None)), row.demoted) for row in store.rows()}
+                found[name] = dict(store.unshelved(20)), answers
+    (packed, rows), (packed_there, rows_there) = found["loop"], found["process"]
+    assert packed == packed_there
+    assert rows == rows_there
+    assert len(packed) > 10
+    assert all((unpack(one).ids_T >= 0).all() for one in packed.values())
+
+
+def test_what_cannot_go_to_a_process_or_outlives_it_is_read_here(tmp_path: Path) -> None:
+    here = Policy(decoders=1, inline_bytes=0)
+    read: list[int] = []
+
+    def parse(call: Call, response: Response) -> Parsed:  # a function in a function cannot be copied
+        read.append(os.getpid())
+        return Reader()(call, response)
+
+    where = endpoint()
+    with opened(tmp_path, where, 9) as store:
+        assert collect(store, where, Scripted(lambda asked, number: ok()), policy=here, parse=parse).answered == 9
+    assert read == [os.getpid()] * 9
+
+    def killing(asked: str, number: int) -> Response:
+        for process in multiprocessing.active_children():
+            process.kill()
+        return ok()
+
+    (tmp_path / "killed").mkdir()
+    with opened(tmp_path / "killed", where, 30) as store:
+        assert collect(store, where, Scripted(killing), policy=here).answered == 30
 
 
 @pytest.mark.parametrize("lie", ["logprobs-missing", "mass-above-one"])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +14,16 @@ from scipy import stats
 
 from guard_cases import key, live_key, random_model, write
 from stillroom.core.errors import GuardError
+from stillroom.core.hashing import canonical_json
+from stillroom.guard import evidence
 from stillroom.guard.decoys import DISAGREEMENT, LiveKey, disagrees, rank_p
+from stillroom.guard.detector import Plan
+from stillroom.guard.evidence import RECOMPUTED, Submission
 from stillroom.guard.gumbel import GumbelMax
-from stillroom.guard.radioactivity import Mode, Radioactivity
+from stillroom.guard.radioactivity import TEST, Mode, NullRadioactivity, Radioactivity, commitments, recompute
 from stillroom.guard.red_green import RedGreen
+from stillroom.guard.registration import Registration
+from stillroom.guard.schemes import Scheme
 from stillroom.guard.windows import NO_TOKEN, READ_BEFORE, SCORED_BEFORE, SHORT, Answer, Reading, WindowSet
 
 SIZE = 50
@@ -63,15 +71,19 @@ def test_a_plan_was_there_before_the_data_and_alpha_is_a_part_of_it() -> None:
         mine.test(dataclasses.replace(mine.plan(alpha=0.01), stopping="sequential"), answers())
     only = WindowSet.of([(1, 2), (3, 4)], 1)
     plan = detector(only=only, once_per="window", supervised=True).plan(alpha=0.01)
-    again = Radioactivity.planned(plan, live_key(0, 9), vocabulary="ab" * 32, size=SIZE, only=only)
-    assert again.plan(alpha=0.01) == plan
+    assert Radioactivity.planned(plan, live_key(0, 9), only) == detector(only=only, once_per="window", supervised=True)
+    settings = (
+        dataclasses.replace(plan, settings=plan.settings | {"scheme": {}}),
+        dataclasses.replace(plan, settings=plan.settings | {"mode": "half"}),
+    )
     for wrong in (
-        lambda: Radioactivity.planned(plan, live_key(1, 9), vocabulary="ab" * 32, size=SIZE, only=only),
-        lambda: Radioactivity.planned(plan, live_key(0, 9), vocabulary="ab" * 32, size=SIZE, only=WindowSet.of([(1, 2)], 1)),
-        lambda: Radioactivity.planned(dataclasses.replace(plan, settings={}), live_key(0, 9), vocabulary="ab" * 32, size=SIZE),
-        lambda: Radioactivity.planned(
-            dataclasses.replace(plan, settings=plan.settings | {"scheme": {}}), live_key(0, 9), vocabulary="ab" * 32, size=SIZE
-        ),
+        lambda: Radioactivity.planned(plan, live_key(1, 9), only),
+        lambda: Radioactivity.planned(plan, live_key(0, 9), WindowSet.of([(1, 2)], 1)),
+        lambda: Radioactivity.planned(plan, live_key(0, 9)),
+        lambda: Radioactivity.planned(dataclasses.replace(plan, settings={}), live_key(0, 9), only),
+        lambda: Radioactivity.planned(dataclasses.replace(plan, scope={}), live_key(0, 9), only),
+        lambda: Radioactivity.planned(settings[0], live_key(0, 9), only),
+        lambda: Radioactivity.planned(settings[1], live_key(0, 9), only),
     ):
         with pytest.raises(GuardError) as refused:
             wrong()
@@ -134,7 +146,7 @@ def test_a_suspect_that_always_answers_the_same_leaves_little_to_score() -> None
 
 def test_evidence_of_the_other_kind_or_of_another_vocabulary_is_refused() -> None:
     reading = Reading(context_ids=(1, 2), predicted_ids=(2, 3))
-    for mine, evidence, says in (
+    for mine, given, says in (
         (detector("closed"), [reading], "readings in a closed test"),
         (detector("open"), answers(count=1), "answers in an open test"),
         (detector("closed"), [Answer(prompt_ids=(1,), answer_ids=(SIZE,))], f"token {SIZE}"),
@@ -142,7 +154,7 @@ def test_evidence_of_the_other_kind_or_of_another_vocabulary_is_refused() -> Non
         (detector("closed"), [Answer(prompt_ids=(1,), answer_ids=(-1,))], "token ids from -1"),
     ):
         with pytest.raises(GuardError, match=says) as refused:
-            mine.test(mine.plan(alpha=0.01), evidence)
+            mine.test(mine.plan(alpha=0.01), given)
         assert refused.value.code == "guard-evidence"
 
 
@@ -163,7 +175,86 @@ def test_only_what_an_epoch_and_a_cohort_were_served_with_finds_it() -> None:
     assert log_p(served) < math.log(1e-20)
     for other in (secret, secret.for_serving(epoch="2026-12", cohort="a"), secret.for_serving(epoch="2026-11", cohort="b"), live_key(1, 9)):
         assert log_p(other) > math.log(1e-6)
-    assert secret.for_serving(epoch="2026-11", cohort="a").commitment == secret.commitment
+    assert secret.for_serving(epoch="2026-11", cohort="a") == served
+    assert len({some.commitment for some in (served, secret, secret.for_serving(epoch="2026-11", cohort="b"))}) == 3
+
+
+# -- bundles and calibration -------------------------------------------------------------------------------------------
+
+
+def lines(rows: Sequence[object]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+READINGS = [Reading(context_ids=(1, 2, 3, 4), predicted_ids=(2, NO_TOKEN, 9, 9))]
+
+
+@pytest.mark.parametrize("mode", ["closed", "open"])
+@pytest.mark.parametrize("filtered", [False, True])
+def test_a_finding_is_recomputed_to_the_bit_from_files(mode: Mode, filtered: bool) -> None:
+    only = WindowSet.of([(1, 2, 3), *(answer.answer_ids for answer in answers(count=3))], 1) if filtered else None
+    mine = detector(mode, only=only)
+    evidence = answers() if mode == "closed" else READINGS
+    plan = Plan.from_json(json.loads(canonical_json(mine.plan(alpha=0.01).as_json())))
+    data = {"answers.jsonl": lines([item.as_json() for item in evidence])}
+    if only is not None:
+        data["windows.jsonl"] = lines(only.windows_NK.tolist())
+    assert recompute(plan, mine.key.opening(), data) == mine.test(plan, evidence)
+
+
+def test_files_that_are_not_those_of_the_test_are_refused() -> None:
+    mine = detector(only=WindowSet.of([(1, 2, 3)], 1))
+    plan, opening = mine.plan(alpha=0.01), mine.key.opening()
+    good, windows = lines([answer.as_json() for answer in answers()]), b"[1]\n[2]\n"
+    assert recompute(plan, opening, {"answers.jsonl": good, "windows.jsonl": windows}).plan == plan
+    filters = (b"[2]\n[1]\n", b"[1]\n[1]\n", b"[1]\n[2, 3]\n", b"[]\n", b'["1"]\n[2]\n', b"1\n2\n", b"[1]\n[3]\n", b"[-1]\n[2]\n", b"")
+    for data in (
+        {},
+        {"answers.jsonl": good},  # without the filter it is another test
+        {"windows.jsonl": windows},
+        {"answers.jsonl": good, "windows.jsonl": windows, "more": b""},
+        {"answers.jsonl": b"\xff", "windows.jsonl": windows},
+        {"answers.jsonl": b"{", "windows.jsonl": windows},
+        {"answers.jsonl": b"[1]\n", "windows.jsonl": windows},
+        {"answers.jsonl": lines([READINGS[0].as_json()]), "windows.jsonl": windows},
+        *({"answers.jsonl": good, "windows.jsonl": wrong} for wrong in filters),
+    ):
+        with pytest.raises(GuardError) as refused:
+            recompute(plan, opening, data)
+        assert refused.value.code in ("guard-evidence", "guard-plan")
+    with pytest.raises(GuardError, match="other commitments"):
+        recompute(plan, live_key(1, 9).opening(), {"answers.jsonl": good, "windows.jsonl": windows})
+
+
+def test_a_bundle_with_it_is_verified_and_one_with_another_key_is_not(tmp_path: Path) -> None:
+    only = WindowSet.of([answer.answer_ids for answer in answers(count=3)], 1)
+    mine = detector(only=only, scheme=GumbelMax(window=1))
+    registration = Registration.begin(tmp_path / "registration.jsonl", owner="A. Owner", purpose="To find out who learned from our answers.")
+    registration.commit("key", scheme="gumbel", commitment=mine.key.commitment)
+    registration.plan("copied", mine.plan(alpha=0.01), suspect="model M, by its public API")
+    head = registration.seal(alpha=0.01)
+    data = {"answers.jsonl": lines([answer.as_json() for answer in answers()]), "windows.jsonl": lines(only.windows_NK.tolist())}
+    sealed = (tmp_path / "registration.jsonl").read_bytes()
+    evidence.write(tmp_path / "bundle", sealed, {"copied": Submission(opening=mine.key.opening(), data=data)})
+    assert evidence.verify(tmp_path / "bundle", held=[head]).failures == ()
+    results = json.loads((tmp_path / "bundle" / "results.json").read_bytes())
+    assert "has not been calibrated" in json.dumps(results)
+    with pytest.raises(GuardError, match="not those that were committed to"):
+        evidence.write(tmp_path / "other", sealed, {"copied": Submission(opening=live_key(1, 9).opening(), data=data)})
+
+
+def test_an_audit_of_a_calibration_is_the_test_with_another_key() -> None:
+    assert RECOMPUTED[TEST].finds is recompute
+    schemes: list[tuple[Scheme, str]] = [(RedGreen(window=1), "super-uniform"), (GumbelMax(window=1), "uniform")]
+    for scheme, law in schemes:
+        mine = detector(scheme=scheme)
+        audit = NullRadioactivity(detector=mine)
+        plan = mine.plan(alpha=0.01)
+        assert (audit.test, audit.settings, audit.law) == (plan.test, plan.settings, law)
+        keys = [key(number) for number in range(3)]
+        others = [detector(scheme=scheme, key=LiveKey(some, 0)) for some in keys]
+        assert audit.log_ps(mine.pairs(answers()), keys) == [other.test(other.plan(alpha=0.01), answers()).log_p for other in others]
+        assert audit.log_ps(mine.pairs([]), keys) == [None] * 3
 
 
 # -- decoys ------------------------------------------------------------------------------------------------------------
@@ -177,13 +268,28 @@ def test_one_secret_gives_the_keys_and_which_is_live() -> None:
     assert stats.chisquare(np.bincount(places, minlength=4)).pvalue > 1e-6
     assert live_key(0, 0).place == 0
     assert live_key(0, 0).others == ()
-    with pytest.raises(ValueError, match="0 or more"):
-        live_key(0, -1)
+    for wrong in (-1, 10_000):
+        with pytest.raises(ValueError, match="0 to 9,999 decoys"):
+            live_key(0, wrong)
 
 
 def test_the_commitment_binds_to_secret_and_number_of_decoys() -> None:
     assert len({live_key(0, 9).commitment, live_key(0, 10).commitment, live_key(1, 9).commitment}) == 3
     assert LiveKey.generate().commitment != LiveKey.generate().commitment
+
+
+def test_an_opening_opens_the_commitment_and_nothing_else_does() -> None:
+    assert LiveKey.opened(live_key(0, 9).opening()) == live_key(0, 9)
+    assert commitments(live_key(0, 9).opening()) == detector().plan(alpha=0.01).commitments
+    good = live_key(0, 9).opening()
+    decoys = [good | {"decoys": wrong} for wrong in (True, -1, 10**9, "9", None)]
+    for wrong in (None, [], {}, {"secret": good["secret"]}, good | {"more": 1}, good | {"secret": 3}, *decoys):
+        with pytest.raises(GuardError) as refused:
+            LiveKey.opened(wrong)
+        assert refused.value.code == "guard-evidence"
+    with pytest.raises(GuardError) as refused:
+        LiveKey.opened(good | {"secret": "00" * 32})
+    assert refused.value.code == "guard-key"
 
 
 def test_a_live_key_comes_from_a_key_file(tmp_path: Path) -> None:

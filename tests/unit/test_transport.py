@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import gzip
+import json
 import socket
 import traceback
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeAlias
+from urllib.parse import quote
 
 import pytest
 
-from stillroom.collect.transport import AiohttpTransport, Httpx2Transport, authorised, open_transport, request_headers
+from stillroom.collect.transport import AiohttpTransport, Httpx2Transport, authorised, open_transport, request_headers, without_key
 from stillroom.collect.wire import Endpoint, NotSent, OutcomeUnknown, Response
 from stillroom.core.errors import CollectError
 
@@ -232,3 +235,30 @@ def test_the_key_is_read_when_it_is_needed_and_a_message_never_has_it(monkeypatc
     monkeypatch.delenv("THE_KEY")
     with pytest.raises(CollectError):
         authorised(endpoint, {})
+
+
+@pytest.mark.parametrize("before", ["", "a", "ab", "Bearer "])
+def test_a_key_that_an_endpoint_says_is_taken_out_however_it_is_written(monkeypatch: pytest.MonkeyPatch, before: str) -> None:
+    key = 'sk-pl4nted+k/3y"=='
+    monkeypatch.setenv("THE_KEY", key)
+    endpoint = Endpoint(base_url="http://127.0.0.1/v1", model="m", key_variable="THE_KEY")
+    said = before + key
+    written = [said, json.dumps(said), json.dumps(said).replace("/", "\\/"), quote(said, safe=""), quote(said)]
+    written += [encode(said.encode()).decode() for encode in (base64.b64encode, base64.urlsafe_b64encode)]
+    for form in written:
+        cleaned = without_key(Response(status=401, headers={"x-echo": form, "x-other": "kept"}, body=f"<{form}>".encode(), seconds=0.0), endpoint)
+        # Of base64 up to two signs of the key are left, which have bits of what stands beside it.
+        assert "[key]" in cleaned.body.decode()
+        assert "[key]" in cleaned.headers["x-echo"]
+        for rest in (cleaned.body.decode(), cleaned.headers["x-echo"]):
+            assert key[3:] not in rest
+            assert len(rest) <= len(before) * 3 + 16
+        assert cleaned.headers["x-other"] == "kept"
+    honest = Response(status=200, headers={"x-request-id": "1"}, body=b'{"choices": []}', seconds=0.0)
+    assert without_key(honest, endpoint) is honest
+
+
+def test_a_key_of_a_few_characters_is_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("THE_KEY", "none")
+    response = Response(status=200, headers={}, body=b"none of them", seconds=0.0)
+    assert without_key(response, Endpoint(base_url="http://127.0.0.1/v1", model="m", key_variable="THE_KEY")) is response

@@ -7,6 +7,7 @@ import json
 import struct
 import unicodedata
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,15 @@ def english() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="module")
 def pieces() -> PreTrainedTokenizerFast:
     return metaspace(ENGLISH)
+
+
+def test_a_copy_is_the_same_and_as_read_only() -> None:
+    one = Vocabulary(tokens=(b"a", b"<e>"), special={"<e>": 1}, end_ids=(1,), rows=4, encodings={"a": (0,)})
+    copy = deepcopy(one)
+    assert copy == one
+    assert (copy.special, copy.encodings, copy.rows) == (one.special, one.encodings, one.rows)
+    with pytest.raises(TypeError):
+        copy.special["b"] = 0  # type: ignore[index]
 
 
 def test_byte_level_ids_mean_their_bytes(english: PreTrainedTokenizerFast) -> None:

@@ -20,6 +20,7 @@ from stillroom.core import durable, optional
 from stillroom.core.errors import RunError
 from stillroom.core.interrupts import StopRequest
 from stillroom.core.launch import launched
+from stillroom.demo.api import run_api
 from stillroom.models import serving
 from stillroom.runs import publishing
 from stillroom.runs.directory import Run
@@ -27,17 +28,24 @@ from stillroom.runs.recipe import Recipe
 from stillroom.runs.template import recipe_template
 
 
-def demo(out: Path, seed: int) -> None:
-    """Runs the bundled pair."""
-    recipe = bundled.prepare(out, seed)
-    finish(runs.run(recipe, out=out, observer=view.Screen(errors())))
+def demo(out: Path, seed: int, api: bool, port: int | None) -> None:
+    """Runs the bundled pair; with `api`, the teacher behind an address."""
+    with view.Screen(errors()) as screen:
+        finish(run_api(out, seed, port=port, observer=screen) if api else _demo(out, seed, screen))
+
+
+def _demo(out: Path, seed: int, screen: view.Screen) -> Run:
+    with durable.unwritable_reported(out, "--out"):
+        recipe = bundled.prepare(out, seed)
+    return runs.run(recipe, out=out, observer=screen)
 
 
 def init(out: Path) -> None:
     """Writes the commented recipe. Raises RunError where `out` exists."""
-    if out.exists():
-        raise RunError("run-not-a-run", found=f"{out} exists", expected="a new file", do="Choose another --out, or move that file away.")
-    durable.write_bytes_atomic(out, recipe_template().encode())
+    with durable.unwritable_reported(out, "--out"):
+        if out.exists():
+            raise RunError("run-not-a-run", found=f"{out} exists", expected="a new file", do="Choose another --out, or move that file away.")
+        durable.write_bytes_atomic(out, recipe_template().encode())
     output().print(f"Wrote {out}. Edit teacher, terms, student and prompts, then: stillroom plan {out}", soft_wrap=True, highlight=False)
 
 

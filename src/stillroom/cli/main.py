@@ -54,9 +54,18 @@ StageOutOption = Annotated[Path, typer.Option("--out", help="Run directory.")]
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Run directory.")] = Path("stillroom-demo"),
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the student, the prompts and the order.")] = 0,
+    api: Annotated[
+        bool, typer.Option("--api", help="With the teacher behind an address: llama.cpp serves it here, and only its answers are learned from.")
+    ] = False,
+    port: Annotated[
+        int | None,
+        typer.Option("--port", min=0, max=65535, help="Port of that server; 0 is any that is free. By default 18391, or the one the run began with."),
+    ] = None,
 ) -> None:
     """Teach a small model what the bundled teacher knows, and report how much of it was kept."""
-    commands.demo(out, seed)
+    if port is not None and not api:
+        raise typer.BadParameter("goes with --api", param_hint="--port")
+    commands.demo(out, seed, api, port)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -67,7 +68,7 @@ def probe(options: Options, context_test: int | None, again: bool, as_json: bool
 
 def requests(path: Path, explain: str | None, as_json: bool) -> None:
     """Prints the account of a store, or what is known of one call."""
-    if not path.is_file():
+    if not os.path.isfile(path):  # of a path that no file can have, too
         raise RequestStoreError(
             "request-store-other", found=f"no file {path}", expected="a request store", do="Name the file that --store named, or look for *.sqlite."
         )

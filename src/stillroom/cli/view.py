@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from stillroom.runs import Comparison, Plan
-from stillroom.runs.plan import CardFit, ModelFacts, Terms
-from stillroom.runs.report import Absent, Maybe, Number, Report
+from stillroom.runs.plan import CardFit, ModelFacts, RedactionFacts, Terms
+from stillroom.runs.report import Absent, Collection, Maybe, Number, Report
 
 _MODELS = (("teacher", "teacher"), ("student", "student"), ("label_only", "label-only"), ("student_before", "student before"))
 _COSTS = (
@@ -114,6 +114,10 @@ def plan_page(plan: Plan) -> RenderableType:
     )
     signal = plan.signal
     table.add_row("signal", f"{signal.kind}{' (live)' if signal.live else ''}, {signal.bytes_per_token} bytes a token: {signal.why}")
+    if plan.curation is not None:
+        table.add_row("curation", Text(f"{', '.join(plan.curation.steps) or 'no steps'}: {plan.curation.why}"))
+    if plan.redaction is not None:
+        table.add_row("redaction", Text(_redaction(plan.redaction)))
     table.add_row("objective", f"{plan.objective}; {plan.steps:,} steps, {plan.epochs:.1f} epochs")
     hardware = plan.hardware
     teacher = "" if hardware.teacher_dtype == hardware.dtype else f" (teacher {hardware.teacher_dtype})"
@@ -127,6 +131,13 @@ def plan_page(plan: Plan) -> RenderableType:
     table.add_row("disk", f"about {_size(estimate.disk_bytes)}, of {_size(estimate.disk_free_bytes)} free")
     notes = [Text(f"warning: {warning}", style="yellow") for warning in plan.warnings]
     return Group(table, *([Text(""), _cards(plan.cards)] if plan.cards else []), *notes)
+
+
+def _redaction(found: RedactionFacts) -> str:
+    if found.mode == "off":
+        return "off: prompts are sent as they are"
+    replaced = ", ".join(f"{one.places:,} {one.kind} in {one.texts:,}" for one in found.kinds) or "nothing was found"
+    return f"{found.mode}; in {found.texts:,} texts: {replaced}"
 
 
 def _model_line(model: ModelFacts) -> str:
@@ -167,7 +178,14 @@ def _terms(terms: Terms) -> str:
 
 def report_page(report: Report) -> RenderableType:
     """The main figures of a report."""
-    return Group(Text(""), _quality(report), Text(""), _fidelity(report), Text(""), _costs(report), Text(""), _made(report))
+    parts = [
+        _quality(report),
+        _fidelity(report),
+        _costs(report),
+        *([_collection(report.collection)] if report.collection is not None else []),
+        _made(report),
+    ]
+    return Group(*(piece for part in parts for piece in (Text(""), part)))
 
 
 def _quality(report: Report) -> RenderableType:
@@ -208,17 +226,36 @@ def _costs(report: Report) -> RenderableType:
     return table
 
 
+def _collection(collection: Collection) -> RenderableType:
+    """Where every row is, what of the log-probabilities was believed, and the account."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("asked of the endpoint", style="bold", no_wrap=True)
+    for name in ("requested", "accepted", "rejected", "failed", "pending"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for purpose, rows in collection.rows.items():
+        counts = (rows.requested, rows.accepted, sum(rows.rejected.values()), sum(rows.failed.values()), rows.pending)
+        table.add_row(purpose, *(f"{count:,}" for count in counts))
+    account = [f"log-probabilities: {collection.logprobs_verified:,} answers verified, {_by_reason(collection.logprobs_demoted)} demoted"]
+    left_out = [
+        f"{purpose}: {reason} {count:,}" for purpose, rows in collection.rows.items() for reason, count in (rows.rejected | rows.failed).items()
+    ]
+    account += [f"left out: {', '.join(left_out)}"] if left_out else []
+    cap = f" of a cap of {collection.cap_tokens.value:,.0f}" if isinstance(collection.cap_tokens, Number) else ""
+    money = "" if isinstance(collection.spent_money, Absent) else f" ({collection.spent_money.value:.6g} {collection.spent_money.unit})"
+    account.append(f"{collection.spent_tokens.value:,.0f} tokens spent{money}, {collection.reserved_tokens.value:,.0f} reserved{cap}")
+    return Group(table, *(Text(line) for line in account))
+
+
+def _by_reason(counts: dict[str, int]) -> str:
+    reasons = f" ({', '.join(f'{reason} {count:,}' for reason, count in counts.items())})" if counts else ""
+    return f"{sum(counts.values()):,}{reasons}"
+
+
 def _made(report: Report) -> RenderableType:
     making = report.making
-    bought = ""
-    if report.collection is not None:
-        asked = sum(rows.requested for rows in report.collection.rows.values())
-        money = report.collection.spent_money
-        spent = f"{money.value:.6g} {money.unit}" if isinstance(money, Number) else f"{report.collection.spent_tokens.value:,.0f} tokens"
-        bought = f"; {asked:,} answers were asked for, for {spent}"
     stages = ", ".join(f"{name} {_duration(seconds.value)}" for name, seconds in making.wall_seconds.items())
     return Text(
-        f"made in {_duration(sum(s.value for s in making.wall_seconds.values()))} ({stages}) from {making.prompts.value:,.0f} prompts{bought}; "
+        f"made in {_duration(sum(s.value for s in making.wall_seconds.values()))} ({stages}) from {making.prompts.value:,.0f} prompts; "
         f"terms: {report.provenance.verdict}" + "".join(f"\nobligation: {line}" for line in report.provenance.terms.get("obligations") or ())
     )
 

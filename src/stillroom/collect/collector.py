@@ -18,7 +18,7 @@ import random
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -30,7 +30,7 @@ from stillroom.collect.rate import RateController, Signal, Ticket
 from stillroom.collect.reading import rates_of, read_response
 from stillroom.collect.spend import Spend, worst_case
 from stillroom.collect.store import Counts, PendingCall, RequestStore, Reservation
-from stillroom.collect.transport import authorised, request_headers
+from stillroom.collect.transport import authorised, request_headers, without_key
 from stillroom.collect.wire import AGAIN, STOPS, Answer, Call, Endpoint, Failure, NotSent, Outcome, OutcomeUnknown, Response, Transport
 from stillroom.core.errors import CollectError, SpendCapReached
 from stillroom.core.interrupts import StopRequest
@@ -89,7 +89,8 @@ class Reader:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    """How patient a collection is. Bodies larger than `inline_bytes` are read in one of `decoders` processes (0: all in the event loop).
+    """How patient a collection is. Bodies larger than `inline_bytes` are read in one of `decoders` processes (0: all in the event loop), each of
+    which is given what reads them once; where one cannot be had, they are read in the event loop.
 
     Threads would not do: a body is parsed in one go that holds the interpreter's lock.
     """
@@ -125,7 +126,9 @@ class _Try:
 
 
 class Collector:
-    """Collects for one model at one endpoint, whose calls alone may be pending. Made for one `collect`."""
+    """Collects for one model at one endpoint: the calls of `only` (their keys), which others may wait beside; all that is pending where it is None, which
+    must then be of that endpoint. Made for one `collect`.
+    """
 
     def __init__(
         self,
@@ -140,7 +143,9 @@ class Collector:
         stop: StopRequest | None = None,
         progress: Callable[[Progress], None] | None = None,
         jitter: random.Random | None = None,
+        only: Container[str] | None = None,
     ) -> None:
+        self._only = only
         self._transport, self._store, self._endpoint = transport, store, endpoint
         self._parse = parse or Reader()
         self._controller = controller or RateController(
@@ -149,7 +154,7 @@ class Collector:
         self._policy = policy or Policy()
         self._stop, self._progress, self._jitter = stop, progress, jitter or random.Random()
         self._headers = request_headers()
-        self._decoders: list[Executor] = []
+        self._decoders: list[Executor] | None = None  # until the first body that is for them
         self._page: deque[PendingCall] = deque()
         self._position = 0
         self._ready: deque[_Try] = deque()
@@ -162,7 +167,7 @@ class Collector:
         self._answered = self._failed = 0
 
     async def collect(self) -> Counts:
-        """Buys all that is pending, and says where the rows are.
+        """Buys all that is pending (of `only`), and says where the rows are.
 
         What was in flight is waited for, for `drain_seconds` at most, and all is settled, before it raises: Interrupted at a request to stop,
         SpendCapReached, CollectError 'endpoint-refuses' and 'key-unusable'. Run again, it goes on.
@@ -174,7 +179,7 @@ class Collector:
             finally:
                 await self._drain()
         finally:
-            for decoder in self._decoders:
+            for decoder in self._decoders or ():
                 decoder.shutdown()
             if reporting is not None:
                 reporting.cancel()
@@ -219,15 +224,24 @@ class Collector:
             return self._ready.popleft()
         if len(self._later) >= _PAGE:
             return None  # what waits is all that is kept in memory
-        if not self._page:
-            self._page.extend(await asyncio.to_thread(self._store.pending, _PAGE, self._position))
-        if not self._page:
+        call = await self._following()
+        if call is None:
             return None
-        call = self._page.popleft()
-        self._position = call.position
         if call.endpoint.identity != self._endpoint.identity or call.body.get("n") not in (None, 1):
             raise ValueError(f"call {call.key} is for another endpoint, or for several answers at once")
         return _Try(call)
+
+    async def _following(self) -> PendingCall | None:
+        """The next call of the store that is to be bought here."""
+        while True:
+            if not self._page:
+                self._page.extend(await asyncio.to_thread(self._store.pending, _PAGE, self._position))
+            if not self._page:
+                return None
+            call = self._page.popleft()
+            self._position = call.position
+            if self._only is None or call.key in self._only:
+                return call
 
     async def _wait(self, seconds: float) -> None:
         """Until something is finished, `seconds` have passed, or it is time to look whether to stop."""
@@ -310,14 +324,16 @@ class Collector:
             self._answered += 1
 
     async def _parsed(self, call: Call, response: Response) -> Parsed:
-        if not self._policy.decoders or len(response.body) <= self._policy.inline_bytes:
+        if len(response.body) <= self._policy.inline_bytes:
             return self._parse(call, response)
+        if self._decoders is None:
+            self._decoders = _started(self._policy.decoders, self._parse)
         if not self._decoders:
-            self._decoders = [_decoder() for _ in range(self._policy.decoders)]
+            return self._parse(call, response)
         decoder = self._decoders[next(self._order) % len(self._decoders)]
         plain = Call(endpoint=call.endpoint, body=call.body, sample=call.sample)  # without what a subclass and its caches carry
         try:
-            return await asyncio.get_running_loop().run_in_executor(decoder, self._parse, plain, response)
+            return await asyncio.get_running_loop().run_in_executor(decoder, _read_there, plain, response)
         except BrokenExecutor:  # killed, perhaps for memory: what was paid for is read here
             return self._parse(call, response)
 
@@ -378,10 +394,12 @@ class Collector:
 async def send(
     transport: Transport, store: RequestStore, reservation: Reservation, headers: Mapping[str, str], timeout_seconds: float
 ) -> Response | Failure:
-    """Sends what was reserved. A response is still to be settled; of a failure, and of whatever else is raised, the store knows how the attempt ended."""
+    """Sends what was reserved. A response is still to be settled, and has no key in it; of a failure, and of whatever else is raised, the store knows how
+    the attempt ended.
+    """
     call = reservation.call
     try:
-        return await transport.send(call.endpoint.url, headers, call.content, timeout_seconds)
+        return without_key(await transport.send(call.endpoint.url, headers, call.content, timeout_seconds), call.endpoint)
     except NotSent as error:
         await store.release(reservation, "not-sent")
         return Failure(reason="not-sent", message=str(error))
@@ -393,9 +411,22 @@ async def send(
         raise
 
 
-def _decoder() -> Executor:
-    """A process that reads responses. Not forked, for this process has threads; and it does not import the caller's script, which need not expect that."""
-    executor = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+def _started(decoders: int, parse: Parse) -> list[Executor]:
+    """Processes that read responses with `parse`; none where it cannot be given to them, or none can be started."""
+    found: list[Executor] = []
+    for _ in range(decoders):
+        try:
+            found.append(_decoder(parse))
+        except Exception:  # there is no telling what it meets whose copy is made; what was paid for is read in the event loop
+            break
+    return found
+
+
+def _decoder(parse: Parse) -> Executor:
+    """A process that reads responses, given `parse` once: a tokenizer in it is far larger than a response. Not forked, for this process has threads;
+    and it does not import the caller's script, which need not expect that.
+    """
+    executor = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=_read_with, initargs=(parse,))
     main = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")
     try:
@@ -403,6 +434,19 @@ def _decoder() -> Executor:
     finally:
         sys.modules["__main__"] = main
     return executor
+
+
+_parse_here: Parse | None = None  # in a process of `_decoder`, what reads
+
+
+def _read_with(parse: Parse) -> None:
+    global _parse_here
+    _parse_here = parse
+
+
+def _read_there(call: Call, response: Response) -> Parsed:
+    assert _parse_here is not None, "only a process of _decoder reads so"
+    return _parse_here(call, response)
 
 
 def _signal(outcome: Outcome) -> Signal:

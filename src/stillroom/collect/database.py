@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeAlias, TypeVar
 
-from stillroom.core.durable import write_point
+from stillroom.core.durable import unwritable_reported, write_point
 from stillroom.core.errors import RequestStoreError, ResourceError
 
 T = TypeVar("T")
@@ -26,6 +26,8 @@ Work: TypeAlias = Callable[[sqlite3.Connection], T]
 
 APPLICATION_ID = 0x53744C52
 SCHEMA_VERSION = 1
+# What SQLite says where the system took no more of a file. A disk that fails says so too, and is no store that was spoilt either.
+_NO_ROOM = ("SQLITE_FULL", "SQLITE_IOERR_WRITE", "SQLITE_IOERR_FSYNC", "SQLITE_IOERR_DIR_FSYNC", "SQLITE_IOERR_TRUNCATE", "SQLITE_IOERR_SHMSIZE")
 _MAGIC = b"SQLite format 3\x00"
 _SYNCHRONOUS = "FULL"
 _TOGETHER = 50
@@ -73,20 +75,28 @@ CREATE TABLE conflicts (key BLOB NOT NULL, what TEXT NOT NULL, here TEXT NOT NUL
 
 @contextmanager
 def errors_reported(path: Path) -> Iterator[None]:
-    """Turns SQLite's errors into ours: 'disk-full', 'request-store-locked', 'request-store-corrupt'."""
+    """Turns SQLite's errors into ours: 'disk-full', 'path-unwritable', 'request-store-locked', 'request-store-corrupt'."""
     try:
         yield
     except sqlite3.Error as error:
         name = getattr(error, "sqlite_errorname", "") or ""
-        if name == "SQLITE_FULL" or (name.startswith("SQLITE_IOERR") and _no_room(path)):
+        if name in _NO_ROOM or (name.startswith("SQLITE_IOERR") and _no_room(path)):
             raise ResourceError(
                 "disk-full",
-                found=f"the disk is full while writing {path}",
-                why="what was there before is unchanged",
+                found=f"{path} cannot be written any further: {error}",
+                why="the disk is full, or a limit on the size of a file (ulimit -f) is reached; what was there before is unchanged",
                 do="Free some space and run again; what was bought is kept, and is not bought again.",
             ) from error
         if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
             raise locked(path, "another program") from error
+        if name.startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM")):
+            raise ResourceError(
+                "path-unwritable",
+                found=f"{path}: {error}",
+                expected="a request store that this user may read and write, in a directory where it may make files",
+                why="what was there before is unchanged",
+                do="Choose another --store, or collection.store, or make that place writable.",
+            ) from error
         if isinstance(error, sqlite3.ProgrammingError | sqlite3.InterfaceError):
             raise  # our own mistake
         raise RequestStoreError(
@@ -116,13 +126,16 @@ def locked(path: Path, holder: str) -> RequestStoreError:
 
 
 class StoreLock:
-    """Holds `PATH.lock` until it is closed, or the process dies: the operating system releases it. Raises 'request-store-locked'.
+    """Holds `PATH.lock` until it is closed, or the process dies: the operating system releases it. Raises 'request-store-locked', 'path-unwritable'.
 
     It is a file of its own, because closing any descriptor of the database would drop SQLite's locks on it.
     """
 
     def __init__(self, path: Path) -> None:
-        self._descriptor = os.open(path.with_name(f"{path.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        if os.path.isdir(path):
+            raise _other(path, "is a directory")
+        with unwritable_reported(path, "--store, or collection.store"):
+            self._descriptor = os.open(path.with_name(f"{path.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -1,7 +1,7 @@
 """How providers of OpenAI-compatible endpoints differ from one another, as data.
 
-What stands here was written from general knowledge on 2026-11-24 and not looked up; the probe decides what is true. A provider is known by its host;
-servers that one runs oneself have no host of their own, and are the generic provider.
+What a row says, it has from its `source`, looked up on 2026-11-29 where that is a page, a package or a thread, and otherwise general knowledge; the probe
+decides what is true. A provider is known by its host; servers that one runs oneself have no host of their own, and are the generic provider.
 """
 
 from __future__ import annotations
@@ -13,30 +13,73 @@ from dataclasses import dataclass
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Provider:
     """`hosts` are the ends of host names. `max_tokens` names the limit on the chat route. `top_logprobs_limit` is the documented one: 0 where
-    log-probabilities are refused, None where nothing is said. `chat_logprobs_as_count`: the chat route takes their number as `logprobs`.
+    log-probabilities are refused or passed over, None where nothing is said. `chat_logprobs_as_count`: the chat route takes their number as `logprobs`.
+    `source` is where the row is from.
     """
 
     name: str
+    source: str
     hosts: tuple[str, ...] = ()
     max_tokens: str = "max_tokens"
     top_logprobs_limit: int | None = None
     chat_logprobs_as_count: bool = False
 
 
-GENERIC = Provider(name="generic")
+_UNREAD = "general knowledge; its documentation was not read"
+GENERIC = Provider(name="generic", source="OpenAI's protocol before max_completion_tokens, which servers that one runs oneself take")
 PROVIDERS: tuple[Provider, ...] = (
-    Provider(name="openai", hosts=("api.openai.com",), max_tokens="max_completion_tokens", top_logprobs_limit=20),
-    Provider(name="azure", hosts=("openai.azure.com", "services.ai.azure.com"), max_tokens="max_completion_tokens", top_logprobs_limit=20),
-    Provider(name="deepseek", hosts=("api.deepseek.com",), top_logprobs_limit=20),
-    Provider(name="openrouter", hosts=("openrouter.ai",), top_logprobs_limit=20),
-    Provider(name="together", hosts=("api.together.xyz", "api.together.ai"), top_logprobs_limit=20, chat_logprobs_as_count=True),
-    Provider(name="fireworks", hosts=("api.fireworks.ai",), top_logprobs_limit=5),
-    Provider(name="gemini", hosts=("generativelanguage.googleapis.com",), top_logprobs_limit=20),
-    Provider(name="xai", hosts=("api.x.ai",), top_logprobs_limit=8),
-    Provider(name="groq", hosts=("api.groq.com",), max_tokens="max_completion_tokens", top_logprobs_limit=0),
-    Provider(name="cerebras", hosts=("api.cerebras.ai",), max_tokens="max_completion_tokens", top_logprobs_limit=20),
-    Provider(name="anthropic", hosts=("api.anthropic.com",), top_logprobs_limit=0),
-    Provider(name="mistral", hosts=("api.mistral.ai",), top_logprobs_limit=0),
+    Provider(
+        name="openai",
+        hosts=("api.openai.com",),
+        max_tokens="max_completion_tokens",
+        top_logprobs_limit=20,
+        source="package openai 3.54, chat/completion_create_params.py",
+    ),
+    Provider(
+        name="azure",
+        hosts=("openai.azure.com", "services.ai.azure.com"),
+        max_tokens="max_completion_tokens",
+        top_logprobs_limit=20,
+        source="as OpenAI; that it returns log-probabilities is from a thread (vercel/ai #10932)",
+    ),
+    Provider(name="deepseek", hosts=("api.deepseek.com",), top_logprobs_limit=20, source=_UNREAD),
+    Provider(name="openrouter", hosts=("openrouter.ai",), top_logprobs_limit=20, source=_UNREAD),
+    Provider(
+        name="together",
+        hosts=("api.together.xyz", "api.together.ai"),
+        top_logprobs_limit=20,
+        chat_logprobs_as_count=True,
+        source="docs.together.ai/docs/logprobs; togethercomputer/openapi #104",
+    ),
+    Provider(
+        name="fireworks",
+        hosts=("api.fireworks.ai",),
+        top_logprobs_limit=5,
+        source="docs.fireworks.ai/api-reference/post-chatcompletions (max_tokens); a user's report of its HTTP 400 above 5",
+    ),
+    Provider(name="gemini", hosts=("generativelanguage.googleapis.com",), top_logprobs_limit=20, source=_UNREAD),
+    Provider(name="xai", hosts=("api.x.ai",), top_logprobs_limit=8, source="package xai-sdk, chat.py; max_tokens is general knowledge"),
+    Provider(
+        name="groq",
+        hosts=("api.groq.com",),
+        max_tokens="max_completion_tokens",
+        top_logprobs_limit=0,
+        source="package groq, resources/chat/completions.py: not yet supported by any of its models",
+    ),
+    Provider(
+        name="cerebras",
+        hosts=("api.cerebras.ai",),
+        max_tokens="max_completion_tokens",
+        top_logprobs_limit=20,
+        source="package cerebras-cloud-sdk, types/chat/completion_create_params.py",
+    ),
+    Provider(
+        name="anthropic",
+        hosts=("api.anthropic.com",),
+        top_logprobs_limit=0,
+        source="docs.anthropic.com/en/api/openai-sdk, read in translation: logprobs and top_logprobs are ignored, max_tokens is taken",
+    ),
+    Provider(name="mistral", hosts=("api.mistral.ai",), top_logprobs_limit=0, source=_UNREAD),
 )
 
 

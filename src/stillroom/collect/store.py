@@ -43,7 +43,7 @@ from stillroom.core.identities import Json
 
 T = TypeVar("T")
 CallState: TypeAlias = Literal["pending", "in-flight", "answered", "failed"]
-Fact: TypeAlias = Literal["rates", "probe"]
+Fact: TypeAlias = Literal["rates", "probe", "tokenizer"]
 
 # Refused before anything was done, so that nothing can have been billed.
 REFUSED: frozenset[FailureReason] = frozenset(
@@ -725,7 +725,7 @@ class RequestStore:
     # -- facts ------------------------------------------------------------------------------------------------------------------
 
     def remember(self, kind: Fact, endpoint: Endpoint, value: Json) -> None:
-        """Keeps what was learnt of an endpoint (its rates, or what a probe found) in the place of what was kept before."""
+        """Keeps what was learnt of an endpoint (its rates, what a probe found, which tokenizer its ids are of) in the place of what was kept before."""
         self._run(lambda db: _keep_fact(db, kind, _identity(endpoint), value))
 
     def recall(self, kind: Fact, endpoint: Endpoint) -> Json | None:

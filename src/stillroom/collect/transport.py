@@ -7,13 +7,17 @@ aiohttp takes a fraction of the time on a processor, which is why it is the defa
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import ssl
 import time
 from asyncio import timeout as time_limit
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import lru_cache
 from typing import Any, Literal, TypeAlias, get_args
-from urllib.parse import urlsplit
+from urllib.parse import quote, quote_plus, urlsplit
 from urllib.request import getproxies_environment, proxy_bypass
 
 import aiohttp
@@ -64,6 +68,43 @@ def authorised(endpoint: Endpoint, headers: Mapping[str, str]) -> Mapping[str, s
             do=f"Set it in the shell that Stillroom is started from: export {name}=...",
         )
     return {**headers, "Authorization": f"Bearer {key}"}
+
+
+_KEY_CHARACTERS = 8  # a shorter key is a placeholder for servers that want none, and a word that answers may have
+
+
+def without_key(response: Response, endpoint: Endpoint) -> Response:
+    """An endpoint may say the key that it was sent, in an answer, an error or a header: nothing that is read, kept or printed has it, however it is written.
+
+    Taken out is the key as it is, and as it stands in JSON, in a URL and in base64.
+    """
+    key = os.environ.get(endpoint.key_variable or "", "").strip()
+    if len(key) < _KEY_CHARACTERS:
+        return response
+    forms, said = _forms_of(key), "\n".join(response.headers.values())
+    if not any(written in response.body for _, written in forms) and not any(form in said for form, _ in forms):
+        return response
+    body, headers = response.body, dict(response.headers)
+    for form, written in forms:
+        body = body.replace(written, b"[key]")
+        headers = {name: value.replace(form, "[key]") for name, value in headers.items()}
+    return replace(response, body=body, headers=headers)
+
+
+@lru_cache(maxsize=8)
+def _forms_of(key: str) -> tuple[tuple[str, bytes], ...]:
+    """How a key may be written, as text and as bytes, the longest first."""
+    in_json = json.dumps(key)[1:-1]
+    found = {key, in_json, in_json.replace("/", "\\/"), quote(key, safe=""), quote(key), quote_plus(key), *_in_base64(key.encode())}
+    return tuple((form, form.encode()) for form in sorted(found, key=len, reverse=True))
+
+
+def _in_base64(data: bytes) -> Iterator[str]:
+    """The signs that have bits of `data` alone, whatever stands before and behind it: six bits a sign, and one of three places to begin at."""
+    for encode in (base64.b64encode, base64.urlsafe_b64encode):
+        for before in range(3):
+            signs = encode(b"\0" * before + data).decode()
+            yield signs[-(-8 * before // 6) : 8 * (before + len(data)) // 6]
 
 
 class AiohttpTransport:

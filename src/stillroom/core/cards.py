@@ -40,7 +40,8 @@ def cached_snapshot(hub_id: str, revision: str | None, *, kind: Literal["models"
     with suppress(OSError, UnicodeDecodeError):  # a commit has no such file
         commit = (repository / "refs" / revision).read_text(encoding="ascii").strip()
     snapshot = repository / "snapshots" / commit
-    return snapshot if commit and snapshot.is_dir() else None
+    # A cache that this user may not look into is one that has nothing for it.
+    return snapshot if commit and os.path.isdir(snapshot) else None
 
 
 def hub_cache(environment: Mapping[str, str]) -> Path:

@@ -19,7 +19,12 @@ from typing import Any, NoReturn
 
 from stillroom.core.errors import ResourceError, RunError
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+# EFBIG: a limit on the size of files was met (`ulimit -f`, or that of the file system).
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What a path that somebody chose is answered with, where it cannot be written.
+_UNWRITABLE = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.ENXIO,
+)  # fmt: skip
 _TAIL_BYTES = 1 << 16
 
 
@@ -256,6 +261,29 @@ def require_free_bytes(path: Path, needed: int, what: str) -> None:
 
 
 @contextmanager
+def unwritable_reported(path: Path, option: str) -> Iterator[None]:
+    """Turns the system's refusal to write `path`, which somebody gave as `option`, into ResourceError 'path-unwritable'.
+
+    Around the writing alone: what is missing elsewhere would be taken for it.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _UNWRITABLE:
+            raise
+        names = [Path(os.fspath(name)) for name in (error.filename2, error.filename) if isinstance(name, str | os.PathLike)]
+        finals = [name.with_name(name.name[1:].removesuffix(".partial")) if name.name.endswith(".partial") else name for name in names]
+        where = next((name for name in finals if name != path and not name.is_relative_to("/proc/self/fd")), None)
+        raise ResourceError(
+            "path-unwritable",
+            found=f"{path}: {error.strerror}" + (f" ({where})" if where is not None else ""),
+            expected="a place where this user may write, and no directory in the place of a file",
+            why="what was there before is unchanged",
+            do=f"Choose another {option}, or make that place writable.",
+        ) from error
+
+
+@contextmanager
 def full_disk_reported(path: Path, remove: Path | None = None) -> Iterator[None]:
     """Turns a full disk into ResourceError 'disk-full', whoever was writing, and removes what was being written after any OSError."""
     try:
@@ -267,7 +295,7 @@ def full_disk_reported(path: Path, remove: Path | None = None) -> Iterator[None]
             raise
         raise ResourceError(
             "disk-full",
-            found=f"the disk is full while writing {path}",
+            found=f"{_no_room_for(error)} while writing {path}",
             why="what was there before is unchanged",
             do="Free some space and run again; the run goes on where it stopped.",
         ) from error
@@ -336,6 +364,11 @@ def _replaced(final: Path) -> Path:
 def _is_full_disk(error: Exception) -> bool:
     # Libraries that are not written in Python (safetensors) have errors of their own, with the system's text in them.
     return error.errno in _FULL if isinstance(error, OSError) else os.strerror(errno.ENOSPC) in str(error)
+
+
+def _no_room_for(error: Exception) -> str:
+    too_large = isinstance(error, OSError) and error.errno == errno.EFBIG
+    return "the limit on the size of a file (ulimit -f) is reached" if too_large else "the disk is full"
 
 
 def _refuse_constant(name: str) -> NoReturn:

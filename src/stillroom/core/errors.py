@@ -8,7 +8,7 @@
     |- StoreError                            targets on disk: corrupt, or of something else
     |- LedgerError                           a ledger that does not verify
     |- RunError                              the run directory: locked, of another recipe, out of order
-    |- ResourceError                         disk or memory that does not suffice
+    |- ResourceError                         disk, memory, devices, ports and paths that cannot be used
     |- SpendError                            prices and caps of what is bought from an endpoint
     |- SpendCapReached                       the next call could go over a cap
     |- RequestStoreError                     requests on disk: corrupt, in use, of something else
@@ -36,6 +36,7 @@ CODES: dict[str, str] = {
     "prompts-invalid": "A line or column of the prompts is not what was expected.",
     "items-invalid": "A labelled or evaluation item is not what was expected.",
     "verifier-invalid": "The rule that answers are verified by cannot be used.",
+    "curation-changed": "Answers would be curated by other rules than the run was planned with.",
     "redaction-table": "The table of what was replaced in prompts cannot be used.",
     "sequence-too-long": "A sequence is longer than the model's context.",
     "model-missing": "The model directory does not exist, or the hub cannot be reached.",
@@ -62,6 +63,7 @@ CODES: dict[str, str] = {
     "run-not-a-run": "The directory is not a run directory, or the stage before this one has not been done.",
     "run-corrupt": "A file of the run directory cannot be read.",
     "disk-full": "There is not enough disk space.",
+    "path-unwritable": "A file or directory cannot be written where it was asked for.",
     "out-of-memory": "A single sequence does not fit into memory.",
     "device-unavailable": "The device asked for is not there.",
     "compiler-unavailable": "torch.compile does not work on this machine.",
@@ -159,7 +161,7 @@ class RunError(StillroomError):
 
 
 class ResourceError(StillroomError):
-    """Disk or memory that does not suffice."""
+    """Disk, memory, devices, ports and paths that cannot be used."""
 
 
 class SpendError(StillroomError):

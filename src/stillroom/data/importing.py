@@ -11,6 +11,7 @@ that cannot be a prompt with an answer is rejected for one of `REJECTIONS`, and 
 from __future__ import annotations
 
 import codecs
+import errno
 import json
 import os
 from collections import Counter
@@ -23,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stillroom.core import durable
-from stillroom.core.errors import DataError
+from stillroom.core.errors import DataError, ResourceError
 from stillroom.core.hashing import sha256_file
 from stillroom.core.identities import Json
 from stillroom.data.prompts import Prompt, read_row
@@ -125,8 +126,33 @@ def import_answers(path: Path, to: Path, *, rejected_to: Path | None = None) -> 
     """Writes the rows of `path` that are prompts with answers to `to`, as JSON lines that `load_prompts` reads, each with its `origin`.
 
     `to` appears whole or not at all. The others go to `rejected_to`, if there is one: row, reason, evidence. Raises as `read_answers`, and DataError
-    'prompts-empty' where no row could be used, ResourceError 'disk-full'.
+    'prompts-empty' where no row could be used, ResourceError 'disk-full' and 'path-unwritable'.
     """
+    with durable.unwritable_reported(to, "--to or --rejected"):
+        _require_apart(path, to, rejected_to)
+        rejected, imported = _written(path, to, rejected_to)
+    return ImportCounts(
+        source=path.name, source_sha256=sha256_file(path.expanduser()), rows=imported + rejected.total(), imported=imported, rejected=dict(rejected)
+    )
+
+
+def _require_apart(path: Path, to: Path, rejected_to: Path | None) -> None:
+    """Raises ResourceError 'path-unwritable' where one file would be written over another of the three, IsADirectoryError where one is to be a directory."""
+    three = [one.expanduser().resolve() for one in (path, to, rejected_to) if one is not None]
+    if len(set(three)) < len(three):
+        raise ResourceError(
+            "path-unwritable",
+            found=f"one file twice among {', '.join(map(str, three))}",
+            expected="a file to read, one for what was imported, and another for what was rejected",
+            why="one would be written over the other",
+            do="Choose another --to or --rejected.",
+        )
+    for one in three[1:]:
+        if one.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(one))
+
+
+def _written(path: Path, to: Path, rejected_to: Path | None) -> tuple[Counter[RejectionReason], int]:
     partial = to.with_name(f".{to.name}.partial")
     partial_rejected = None if rejected_to is None else rejected_to.with_name(f".{rejected_to.name}.partial")
     for left in (partial, partial_rejected):
@@ -159,9 +185,7 @@ def import_answers(path: Path, to: Path, *, rejected_to: Path | None = None) -> 
         for left in (partial, partial_rejected):
             if left is not None:
                 left.unlink(missing_ok=True)
-    return ImportCounts(
-        source=path.name, source_sha256=sha256_file(path.expanduser()), rows=imported + rejected.total(), imported=imported, rejected=dict(rejected)
-    )
+    return rejected, imported
 
 
 def _publish(written: Path, final: Path) -> None:

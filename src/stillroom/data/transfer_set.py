@@ -204,7 +204,7 @@ def freeze(curated: Curated, ledger: Ledger, *, decision: str) -> TransferSet:
             "transfer-set-empty",
             found=f"{requested} answers, of which none is fit to learn from: {_counts(dropped)}",
             expected="at least one",
-            do="Raise generation.max_new_tokens where answers were truncated; look at what the teacher answers with `stillroom compare`.",
+            do="Look at what was left out, in the run's curation.jsonl; raise generation.max_new_tokens where answers were truncated.",
         )
     records = (Record(id=kept.id, prompt_id=kept.prompt_id, ledger=ledger.hash_of(kept.id, "collect")) for kept in curated.kept)
     return TransferSet(requested=requested, dropped=dict(dropped), decision=decision, records=tuple(records))

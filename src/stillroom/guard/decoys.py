@@ -4,6 +4,9 @@ Before anything is served, D + 1 keys are drawn, one of them is chosen by chance
 on the live key knows nothing of which it was: any of the keys is as likely as any other to have the largest statistic, and p = (1 + decoys with at least
 the live key's statistic) / (D + 1) is exact. It cannot be smaller than 1 / (D + 1), which is why it stands beside the law and not in its place.
 
+What makes either p worth anything is that the secret was fixed before the suspect was: of 2**40 secrets some give an innocent suspect's answers a p of
+2**-40. So the commitment belongs into a registration whose hash others hold before the suspect is trained (`registration`).
+
 The decoys also try the law itself. Where it holds, each decoy reaches the live key's statistic with probability p, the law's p, independently: the number
 that do is Bin(D, p), whatever the suspect has learned. A number that this makes less probable than `DISAGREEMENT` says that the law does not hold of these
 data, and a finding is not to be relied on: `disagrees`. It is a false alarm with at most that probability.
@@ -16,30 +19,31 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from stillroom.core.errors import GuardError
 from stillroom.core.hashing import canonical_json, sha256_hex
+from stillroom.core.identities import Json
 from stillroom.guard.keys import Key, hkdf_sha256
 from stillroom.guard.laws import log_binomial_tail
 
-DECOYS = 99
+DECOYS, MOST_DECOYS = 99, 9_999
 DISAGREEMENT = 1e-3
 _NONCE_DOMAIN = b"stillroom guard decoys 1\n"
 
 
 @dataclass(frozen=True)
 class LiveKey:
-    """The live key and its decoys, all of them, and which one is live, out of one secret: whoever is given it can check everything.
+    """The live key and its decoys, and which one is live, out of one secret: whoever is given it can check everything.
 
-    With no decoys it is a live key alone. `at` are the names of what is served with it, such as an epoch and a cohort: each has a live key and decoys of its
-    own, under the one commitment.
+    With no decoys it is a live key alone. `for_serving` makes one for an epoch and a cohort, with a secret and a commitment of its own, so that to open one
+    to others gives none of the rest away.
     """
 
     secret: Key = field(repr=False)
     decoys: int = DECOYS
-    at: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.decoys < 0:
-            raise ValueError(f"there are 0 or more decoys; found {self.decoys}")
+        if not 0 <= self.decoys <= MOST_DECOYS:
+            raise ValueError(f"there are 0 to {MOST_DECOYS:,} decoys; found {self.decoys}")
 
     @classmethod
     def generate(cls, decoys: int = DECOYS) -> LiveKey:
@@ -57,9 +61,27 @@ class LiveKey:
         nonce = hkdf_sha256(self.secret.secret, _NONCE_DOMAIN)
         return sha256_hex(canonical_json({"decoys": self.decoys, "secret": self.secret.commitment(nonce)}))
 
+    def opening(self) -> Json:
+        """What opens the commitment: the secret. Nothing is to be served with it any more."""
+        return {"secret": self.secret.secret.hex(), "decoys": self.decoys}
+
+    @classmethod
+    def opened(cls, opening: object) -> LiveKey:
+        """The one whose `opening` this is. Raises GuardError 'guard-evidence', or 'guard-key' for a secret that is no key."""
+        if isinstance(opening, dict) and opening.keys() == {"secret", "decoys"}:
+            secret, decoys = opening["secret"], opening["decoys"]
+            if isinstance(secret, str) and type(decoys) is int and 0 <= decoys <= MOST_DECOYS:
+                return cls(Key.from_hex(secret), decoys)
+        raise GuardError(
+            "guard-evidence",
+            found="an opening that is not one of a live key",
+            expected="`secret`, in hexadecimal digits, and `decoys`, their number",
+            do="Write it with LiveKey.opening.",
+        )
+
     def for_serving(self, *, epoch: str, cohort: str) -> LiveKey:
         """What one cohort of accounts is served with during one epoch: what is learned of it tells nothing of another's."""
-        return LiveKey(self.secret, self.decoys, ("epoch", epoch, "cohort", cohort))
+        return LiveKey(self.secret.subkey("serving", epoch, cohort), self.decoys)
 
     @cached_property
     def place(self) -> int:
@@ -77,7 +99,7 @@ class LiveKey:
         return tuple(self._key(place) for place in range(self.decoys + 1) if place != self.place)
 
     def _key(self, place: int) -> Key:
-        return self.secret.subkey("key", place, *self.at)
+        return self.secret.subkey("key", place)
 
 
 def rank_p(at_least: int, decoys: int) -> float:

@@ -2,7 +2,7 @@
 
 A test is planned (`Plan`: its null, its settings, alpha, when it stops, commitments to the secrets), and the plan's digest is fixed before data. Its
 `Finding` names the plan. A p-value is printed only where something was scored and a calibration of the same test, with the same settings, has passed
-(`calibration`); otherwise the finding says why there is none.
+(`calibration.reported`); otherwise the finding says why there is none.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Literal, Protocol, TypeAlias, TypeVar
 
+from stillroom.core.errors import GuardError
 from stillroom.core.hashing import canonical_json, sha256_hex
 from stillroom.core.identities import Json
 from stillroom.guard.laws import log10
@@ -50,7 +51,11 @@ NEGATIVE = "A test that does not reject clears nobody: too little of the text ma
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """A test, fixed before data. `settings` are all that the statistic depends on beside the data and the secrets; `commitments` bind to the secrets."""
+    """A test, fixed before data. `settings` are all that the statistic depends on beside the data and the secrets; `commitments` bind to the secrets.
+
+    `scope` is what else is fixed and anybody may read, such as counts and the digest of the prompts: part of the plan's identity, and no part of what a
+    calibration is found by.
+    """
 
     test: str
     null: Null
@@ -58,6 +63,7 @@ class Plan:
     settings: Json
     commitments: tuple[str, ...] = ()
     stopping: Literal["fixed", "sequential"] = "fixed"
+    scope: Json = field(default_factory=dict)
     version: int = VERSION
 
     def __post_init__(self) -> None:
@@ -76,6 +82,23 @@ class Plan:
 
     def as_json(self) -> Json:
         return {**asdict(self), "commitments": list(self.commitments)}
+
+    @classmethod
+    def from_json(cls, tree: object) -> Plan:
+        """The plan that `as_json` wrote. Raises GuardError 'guard-plan' for anything else."""
+        known: Json = tree if isinstance(tree, dict) else {}
+        try:
+            plan = cls(**{**known, "commitments": tuple(known["commitments"])})
+            if plan.as_json() == tree and plan.version == VERSION and plan.null in CLAIMS and plan.stopping in ("fixed", "sequential"):
+                return plan
+        except (TypeError, KeyError, ValueError):
+            pass
+        raise GuardError(
+            "guard-plan",
+            found="something that is no plan",
+            expected=f"the fields of a plan of version {VERSION}",
+            do="Take the plan as it was registered.",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,10 +133,12 @@ class Finding:
 
     @property
     def p_text(self) -> str:
-        """The p as it is printed: three digits, whatever its size; or why there is none."""
+        """The p as it is printed: three digits, whatever its size; or why there is none. A test whose calibration is not named has none to print."""
         if self.refused is not None:
             return f"no p: {self.refused}"
-        return "no p" if self.log_p is None else power_of_ten(self.log_p)
+        if self.log_p is None:
+            return "no p"
+        return "no p: it has not been held to a calibration" if self.calibration is None else power_of_ten(self.log_p)
 
     def as_json(self) -> Json:
         return {

@@ -9,21 +9,27 @@ key among its decoys, which needs no law. Where the two cannot both be right the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from stillroom.core.errors import GuardError
 from stillroom.core.identities import Json
 from stillroom.guard import decoys as ranks
 from stillroom.guard.decoys import LiveKey
 from stillroom.guard.detector import Finding, Plan, nothing_scored
+from stillroom.guard.gumbel import GumbelMax
 from stillroom.guard.keys import Key
 from stillroom.guard.schemes import Scheme, scheme_from_json
 from stillroom.guard.windows import Answer, OncePer, Pairs, Reading, WindowSet, pairs_of_answers, pairs_of_readings
 
 Mode: TypeAlias = Literal["closed", "open"]
 TEST = "radioactivity"
+AGAIN = (
+    "Let your model answer each prompt of answers.jsonl as it was asked, and write its tokens in the ids of the teacher's vocabulary; of a reading, let it read "
+    "each text and write what it finds most probable after each token. The key is in openings.json."
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,50 +51,41 @@ class Radioactivity:
     once_per: OncePer = "pair"
 
     def plan(self, *, alpha: float) -> Plan:
-        """The test, before there is data. Its commitments bind to the keys and what they served, to the vocabulary and, where there is one, to the filter."""
-        settings: Json = {
-            "mode": self.mode,
-            "scheme": self.scheme.as_json(),
-            "supervised": self.supervised,
-            "filtered": self.only is not None,
-            "once_per": self.once_per,
-            "decoys": self.key.decoys,
-        }
-        commitments = (
-            self.key.commitment,
-            " ".join(("served", *self.key.at)),
-            f"vocabulary {self.vocabulary} of {self.size} tokens",
-            *(() if self.only is None else (f"filter {self.only.sha256}",)),
+        """The test, before there is data. It is bound to the keys by its commitment, to the vocabulary and the filter by its scope."""
+        return Plan(
+            test=TEST,
+            null="key",
+            alpha=alpha,
+            settings={"mode": self.mode, "scheme": self.scheme.as_json(), "once_per": self.once_per, "filtered": self.only is not None},
+            commitments=(self.key.commitment,),
+            scope={
+                "decoys": self.key.decoys,
+                "filter_sha256": None if self.only is None else self.only.sha256,
+                "supervised": self.supervised,
+                "vocabulary": self.vocabulary,
+                "tokens": self.size,
+            },
         )
-        return Plan(test=TEST, null="key", alpha=alpha, settings=settings, commitments=commitments)
 
     @classmethod
-    def planned(cls, plan: Plan, key: LiveKey, *, vocabulary: str, size: int, only: WindowSet | None = None) -> Radioactivity:
+    def planned(cls, plan: Plan, key: LiveKey, only: WindowSet | None = None) -> Radioactivity:
         """The test that has this plan, given what the plan commits to. Raises GuardError 'guard-plan'."""
-        settings = plan.settings
-        try:
-            detector = cls(
-                mode=settings["mode"],
-                scheme=scheme_from_json(settings["scheme"]),
-                key=key,
-                vocabulary=vocabulary,
-                size=size,
-                supervised=settings["supervised"],
-                only=only,
-                once_per=settings["once_per"],
-            )
-        except (KeyError, TypeError) as error:
-            raise _other_plan(f"settings of another test ({type(error).__name__}: {error})") from error
+        settings, scope = plan.settings, plan.scope
+        mode, once_per, scheme = settings.get("mode"), settings.get("once_per"), scheme_from_json(settings.get("scheme"))
+        vocabulary, size = scope.get("vocabulary"), scope.get("tokens")
+        if mode not in ("closed", "open") or once_per not in ("pair", "window") or not isinstance(vocabulary, str) or type(size) is not int:
+            raise _other_plan("a plan that is none of this test")
+        supervised = scope.get("supervised") is True
+        detector = cls(mode=mode, scheme=scheme, key=key, vocabulary=vocabulary, size=size, supervised=supervised, only=only, once_per=once_per)
         detector._require(plan)
         return detector
 
     def test(self, plan: Plan, evidence: Sequence[Answer] | Sequence[Reading]) -> Finding:
         """What the evidence says of the live key. Raises GuardError 'guard-plan' and 'guard-evidence'."""
         self._require(plan)
-        return self.finding(plan, self.pairs(evidence))
+        return self._finding(plan, self.pairs(evidence))
 
-    def finding(self, plan: Plan, pairs: Pairs) -> Finding:
-        """The same of pairs that `pairs` gave, whose plan nobody compares: for a calibration, which scores the same pairs with many keys."""
+    def _finding(self, plan: Plan, pairs: Pairs) -> Finding:
         if not len(pairs):
             return nothing_scored(plan, pairs.left_out)
         total = self.total(self.key.live, pairs)
@@ -97,7 +94,6 @@ class Radioactivity:
             "mean_score": total / len(pairs),
             "mean_score_under_null": self.scheme.mean,
             "scored_share": len(pairs) / (len(pairs) + sum(pairs.left_out.values())),
-            "decoys": self.key.decoys,
         }
         rank_p = alarm = None
         if self.key.decoys:
@@ -138,9 +134,67 @@ class Radioactivity:
         mine = self.plan(alpha=plan.alpha)
         if mine != plan:
             differ = [
-                name for name in ("test", "null", "settings", "commitments", "stopping", "version") if getattr(mine, name) != getattr(plan, name)
+                name
+                for name in ("test", "null", "settings", "commitments", "stopping", "scope", "version")
+                if getattr(mine, name) != getattr(plan, name)
             ]
             raise _other_plan(f"a plan with other {' and '.join(differ)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NullRadioactivity:
+    """The test for `calibration`: the evidence are the pairs of an innocent student, and each audit scores them with a new live key."""
+
+    detector: Radioactivity
+
+    @property
+    def test(self) -> str:
+        return TEST
+
+    @property
+    def settings(self) -> Json:
+        return self.detector.plan(alpha=0.5).settings
+
+    @property
+    def law(self) -> Literal["uniform", "super-uniform"]:
+        return "uniform" if isinstance(self.detector.scheme, GumbelMax) else "super-uniform"
+
+    def log_ps(self, evidence: Pairs, keys: Sequence[Key]) -> list[float | None]:
+        if not len(evidence):
+            return [None] * len(keys)
+        totals = [self.detector.total(LiveKey(key, 0).live, evidence) for key in keys]
+        return [self.detector.scheme.log_p(total, len(evidence)) for total in totals]
+
+
+def recompute(plan: Plan, opening: object, data: Mapping[str, bytes]) -> Finding:
+    """The finding out of what a bundle has of it: the opening of the live key, and the files.
+
+    `answers.jsonl` has in each line an Answer's JSON (`prompt_ids`, `answer_ids`, `exact` where not all are), or, of an open test, a Reading's
+    (`context_ids`, `predicted_ids`); `windows.jsonl`, of a test with a filter, in each line the ids of a window, in order. Raises GuardError
+    'guard-evidence' or 'guard-plan'.
+    """
+    if not {"answers.jsonl"} <= data.keys() <= {"answers.jsonl", "windows.jsonl"}:
+        raise _unfit(f"the files {', '.join(sorted(data)) or 'none'}", "answers.jsonl, and windows.jsonl where the test has a filter")
+    only = WindowSet.from_json(_lines(data, "windows.jsonl")) if "windows.jsonl" in data else None
+    detector = Radioactivity.planned(plan, LiveKey.opened(opening), only)
+    rows = _lines(data, "answers.jsonl")
+    if not all(isinstance(row, dict) for row in rows):
+        raise _unfit("a line of answers.jsonl that is no object", "one answer or reading in each line")
+    if detector.mode == "closed":
+        return detector.test(plan, [Answer.from_json(row) for row in rows])
+    return detector.test(plan, [Reading.from_json(row) for row in rows])
+
+
+def commitments(opening: object) -> tuple[str, ...]:
+    """What an opening commits to, as `Plan.commitments` has it. Raises GuardError 'guard-evidence' or 'guard-key'."""
+    return (LiveKey.opened(opening).commitment,)
+
+
+def _lines(data: Mapping[str, bytes], name: str) -> list[Any]:
+    try:
+        return [json.loads(line) for line in data[name].decode().splitlines()]
+    except (ValueError, RecursionError) as error:
+        raise _unfit(f"{name} with a line that is no JSON", "one JSON value in each line") from error
 
 
 def _other_plan(found: str) -> GuardError:

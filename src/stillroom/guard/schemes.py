@@ -6,10 +6,10 @@ Each has one method that writes and one that scores, over the same keyed functio
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import TypeAlias
 
 from stillroom.core.errors import GuardError
-from stillroom.core.identities import Json
 from stillroom.guard.gumbel import GumbelMax
 from stillroom.guard.red_green import RedGreen
 from stillroom.guard.tournament import Tournament
@@ -18,15 +18,19 @@ Scheme: TypeAlias = RedGreen | GumbelMax | Tournament
 SCHEMES: tuple[type[Scheme], ...] = (RedGreen, GumbelMax, Tournament)
 
 
-def scheme_from_json(settings: Json) -> Scheme:
+def scheme_from_json(settings: object) -> Scheme:
     """The scheme whose `as_json` this is. Raises GuardError 'guard-plan'."""
+    values = dict(settings) if isinstance(settings, dict) else {}
+    name = values.pop("scheme", None)
     for kind in SCHEMES:
-        if settings.get("scheme") == kind.name:
+        if name == kind.name and values.keys() == {field.name for field in fields(kind)}:
+            if not all(type(value) is int if of in ("window", "layers") else type(value) in (int, float) for of, value in values.items()):
+                raise _unknown("settings that are no numbers")
             try:
-                return kind(**{name: value for name, value in settings.items() if name != "scheme"})
-            except (TypeError, ValueError) as error:
+                return kind(**values)
+            except ValueError as error:
                 raise _unknown(str(error)) from error
-    raise _unknown(f"a scheme {settings.get('scheme')!r}")
+    raise _unknown(f"a scheme {name!r} with the settings {', '.join(map(repr, values)) or 'none'}")
 
 
 def _unknown(found: str) -> GuardError:

@@ -115,6 +115,17 @@ class WindowSet:
         ends_E = ends_E[flat.places_T[ends_E] < flat.lengths_T[ends_E] - 1]
         return cls(windows_NK=numpy.unique(flat.windows(ends_E, window), axis=0))
 
+    @classmethod
+    def from_json(cls, rows: object) -> WindowSet:
+        """The windows whose lists of ids these are. Raises GuardError 'guard-evidence' where they are not such, each once and in order."""
+        known = isinstance(rows, list) and bool(rows) and all(isinstance(row, list) and row and len(row) == len(rows[0]) for row in rows)
+        if not known or not all(type(index) is int and 0 <= index <= _LARGEST_ID for row in rows for index in row):  # type: ignore[attr-defined]
+            raise _bad("windows that are no lists of token ids of one length", "a list for each window")
+        windows_NK = numpy.array(rows, numpy.int64).reshape(len(rows), -1)  # type: ignore[arg-type]
+        if not numpy.array_equal(numpy.unique(windows_NK, axis=0), windows_NK):
+            raise _bad("windows that are not each there once, in order", "the windows as WindowSet.of gives them")
+        return cls(windows_NK=windows_NK)
+
     @property
     def sha256(self) -> str:
         """SHA-256 of the ids as little-endian 32-bit numbers, window by window."""

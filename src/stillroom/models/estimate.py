@@ -69,6 +69,8 @@ _PART = 512
 # A batch is cut down when fewer than this share of it still write (models.rollouts).
 _SHRINK_BELOW = 0.6
 _VALIDATED_AT_ONCE = 64
+# So much slower than at its fastest, a machine is said to be busy.
+_BUSY = 1.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -307,6 +309,8 @@ def estimate(work: Workload, found: Measured) -> WorkEstimate:
     how = f"copies of {whose} with one and two layers measured on this machine as busy as it is, and extrapolated; memory is highest in {max(peaks, key=peaks.__getitem__)}"
     if found.stand_ins:
         how += f"; of the {' and the '.join(found.stand_ins)} a narrower stand-in was measured"
+    if found.slowdown > _BUSY:
+        how += f"; other work makes everything take {found.slowdown:.1f} times as long now"
     return WorkEstimate(seconds={name: value * found.slowdown for name, value in by_stage.items()}, peak_bytes=peaks, how=how)
 
 

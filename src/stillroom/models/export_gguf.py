@@ -96,10 +96,10 @@ def export_gguf(directory: Path, file: Path, *, quantize: Quantisation = "f32") 
     that lie beside them (card, NOTICE, licences, obligations) in its metadata.
 
     Raises ModelError 'model-unsupported' for what is not known to come out the same; whatever `describe` and `load_tokenizer` raise; ResourceError
-    'disk-full'; StillroomError 'missing-extra' without the package `gguf`.
+    'disk-full' and 'path-unwritable'; StillroomError 'missing-extra' without the package `gguf`.
     """
     gguf = load("gguf", extra="export")
-    if file.is_dir():
+    if os.path.isdir(file):
         raise RunError(
             "run-not-a-run", found=f"{file} is a directory", expected="the name of a file", do="Choose another --out, such as student.gguf."
         )
@@ -108,9 +108,10 @@ def export_gguf(directory: Path, file: Path, *, quantize: Quantisation = "f32") 
     _check_config(description)
     spelling = _spelling(load_tokenizer(str(directory)), description)
     tensors = list(_tensors(description, quantize))
-    durable.require_free_bytes(file, sum(one.bytes(gguf) for one in tensors) + _ROOM_BESIDE_WEIGHTS_BYTES, "the GGUF file")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with durable.whole_file(file) as place:
+    durable.require_free_bytes(file.parent, sum(one.bytes(gguf) for one in tensors) + _ROOM_BESIDE_WEIGHTS_BYTES, "the GGUF file")
+    with durable.unwritable_reported(file, "--out"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    with durable.unwritable_reported(file, "--out"), durable.whole_file(file) as place:
         writer = gguf.GGUFWriter(place, description.config.model_type)
         try:
             _write_facts(writer, description)

@@ -6,9 +6,10 @@ are alike: what a quantity is for any number of them follows from what it is for
 
 from __future__ import annotations
 
+import statistics
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,8 +27,9 @@ HEAD_NUMBERS = 2**23
 # Two layers may take this share of the memory that is free; of wider models a narrower stand-in is probed.
 _SHARE_OF_FREE_MEMORY = 0.25
 _STAND_IN_WIDTH = 1024
-_LEAST_REPEATS, _REPEATS = 3, 6
-_SECONDS_OF_REPEATS, _SECONDS_OF_MORE_REPEATS = 0.5, 0.05
+# An action is repeated until its two fastest runs are so near each other that nothing came between, but no longer than this.
+_LEAST_REPEATS, _REPEATS, _NEAR = 3, 40, 1.1
+_SECONDS_OF_REPEATS = 0.5
 
 
 # --- what it takes ----------------------------------------------------------------------------------------------------------------------
@@ -51,12 +53,15 @@ class Meter:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._fastest_seconds = self._mean_seconds = 0.0
+        self._slowdowns: list[float] = []
 
     @property
     def slowdown(self) -> float:
-        """How much longer actions took on average than at their fastest: what other work on this machine costs. At least 1."""
-        return self._mean_seconds / self._fastest_seconds if self._fastest_seconds else 1.0
+        """How much longer an action took on average than at its fastest: what other work on this machine costs. At least 1.
+
+        Of the actions the middle one: a pause of the machine, which one of them met, says nothing of a run.
+        """
+        return statistics.median(self._slowdowns) if self._slowdowns else 1.0
 
     def cost(self, action: Callable[[], object]) -> Cost:
         """Weighs `action` in one run and times it in others; the first run is also the warm-up."""
@@ -74,14 +79,13 @@ class Meter:
     def seconds(self, action: Callable[[], object]) -> float:
         """The fastest of a few runs."""
         taken: list[float] = []
-        while len(taken) < _REPEATS and sum(taken) < (_SECONDS_OF_REPEATS if len(taken) < _LEAST_REPEATS else _SECONDS_OF_MORE_REPEATS):
+        while len(taken) < _REPEATS and sum(taken) < _SECONDS_OF_REPEATS and not _settled(taken):
             self._wait()
             began = time.perf_counter()
             action()
             self._wait()
             taken.append(time.perf_counter() - began)
-        self._fastest_seconds += min(taken)
-        self._mean_seconds += sum(taken) / len(taken)
+        self._slowdowns.append(statistics.fmean(taken) / min(taken))
         return min(taken)
 
     def _wait(self) -> None:
@@ -89,6 +93,14 @@ class Meter:
             torch.cuda.synchronize(self.device)
         elif self.device.type == "mps":
             torch.mps.synchronize()
+
+
+def _settled(taken: Sequence[float]) -> bool:
+    """Whether the fastest run was no chance."""
+    if len(taken) < _LEAST_REPEATS:
+        return False
+    fastest, next_fastest = sorted(taken)[:2]
+    return next_fastest <= _NEAR * fastest
 
 
 class LiveBytes(TorchDispatchMode):

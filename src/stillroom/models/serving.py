@@ -82,7 +82,12 @@ class Server:
         while not stop.asked:
             with suppress(subprocess.TimeoutExpired):
                 self.process.wait(_POLL_SECONDS)
-                raise _failed(self.backend, self.student, self.log)
+            self.require_running()
+
+    def require_running(self) -> None:
+        """Raises StillroomError 'server-failed' where the server has ended."""
+        if self.process.poll() is not None:
+            raise _failed(self.backend, self.student, self.log)
 
     def curl(self) -> str:
         """A command for a shell that asks it one question."""
@@ -110,7 +115,7 @@ def started(student: Path, settings: ServerSettings, backend: Backend) -> Iterat
     if not student.exists():
         raise ModelError("model-missing", found=f"no {student}", expected="a Hugging Face directory or a .gguf file", do="Check the path.")
     if settings.port:
-        _require_free(settings.port)
+        require_free(settings.port)
     with ExitStack() as stack:
         log = stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace"))
         start = _start_llama if backend == "llama.cpp" else _start_vllm
@@ -194,7 +199,7 @@ def _start_vllm(student: Path, settings: ServerSettings, stack: ExitStack, log: 
     if find_spec("vllm") is None:
         do = "Install vLLM as its own documentation says (it is not an extra of Stillroom), or use --backend llama.cpp."
         raise StillroomError("missing-extra", found="no package `vllm`", expected="vLLM in this environment", do=do)
-    port, name = settings.port or _free_port(), student.resolve().name
+    port, name = settings.port or free_port(), student.resolve().name
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(student), "--served-model-name", name]
     command += ["--host", HOST, "--port", str(port), "--max-num-seqs", str(settings.parallel)]
     command += ["--max-model-len", str(settings.context)] if settings.context else []
@@ -264,7 +269,8 @@ def _has_chat_template(student: Path) -> bool:
         return False
 
 
-def _require_free(port: int) -> None:
+def require_free(port: int) -> None:
+    """Raises ResourceError 'port-in-use' where something listens at it."""
     with socket.socket() as held:
         # As servers do: an address whose last connections are still fading is free.
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -279,7 +285,8 @@ def _require_free(port: int) -> None:
             ) from error
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nothing uses now."""
     with socket.socket() as held:
         held.bind((HOST, 0))
         port: int = held.getsockname()[1]

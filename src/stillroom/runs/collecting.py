@@ -19,7 +19,7 @@ from stillroom.core.errors import DataError
 from stillroom.core.identities import Sampling, TokenIds, TokenSequence
 from stillroom.core.interrupts import StopRequest
 from stillroom.core.seeds import derive_seed
-from stillroom.data import Candidate, Prompt, TransferSet, curate, freeze
+from stillroom.data import Candidate, Curated, Prompt, TransferSet, curate, freeze
 from stillroom.data.transfer_set import DropReason
 from stillroom.ledger import Access, Circumstances, Collected, Frozen, Ledger, PromptSource
 from stillroom.ledger.entries import Response
@@ -27,6 +27,7 @@ from stillroom.models.loading import teacher_head_arrays
 from stillroom.models.local import LocalTeacher
 from stillroom.models.memory import trim_heap
 from stillroom.objectives.tensors import as_arrays, head_as_arrays
+from stillroom.runs.curating import chosen, curated_lines, write
 from stillroom.runs.directory import Run
 from stillroom.runs.endpoints import access_path
 from stillroom.runs.entitling import digests_of
@@ -48,7 +49,8 @@ class Answered:
     """A prompt and what came of it; no sequence where it was too long to ask, or, with `left_out`, where there is no answer to learn from.
 
     `targets` are those of the sequence's rows where they came with the answer. `counted` are the tokens of prompt, answer and reasoning as an endpoint
-    counts them, `response` what it said of itself.
+    counts them, `response` what it said of itself, `finish_reason` and `reasoning` what it said of the answer. `placeholders_unknown` is how many
+    placeholders stand in the answer and not in its prompt.
     """
 
     prompt: Prompt
@@ -61,6 +63,9 @@ class Answered:
     targets: Targets | None = None
     response: Response | None = None
     counted: tuple[int, int, int] | None = None
+    finish_reason: str | None = None
+    reasoning: str | None = None
+    placeholders_unknown: int = 0
 
 
 class Answering(Protocol):
@@ -311,6 +316,9 @@ class Collector:
                 "finished": one.finished,
                 "answer": one.answer,
                 "left_out": one.left_out,
+                "finish_reason": one.finish_reason,
+                "reasoning": one.reasoning,
+                "placeholders_unknown": one.placeholders_unknown,
                 "seconds": round(seconds, 6),
             }
             for one in answered
@@ -349,7 +357,7 @@ class Collector:
 
     def _freeze(self, lines: Sequence[dict[str, Any]]) -> TransferSet:
         """Curates what was collected, enters each record's fate in the ledger, and writes the transfer set: gate 2."""
-        curated = curate((_candidate(line, self.prepared.context_tokens) for line in lines), max_tokens=self.prepared.context_tokens)
+        curated = self._curate(lines)
         reasons = {candidate.id: reason for candidate, reason in curated.dropped if candidate.id in self.store}
         kept = {candidate.id for candidate in curated.kept}
         verdict = self.gates.admit([candidate.id for candidate in curated.kept], self.ledger)
@@ -363,10 +371,21 @@ class Collector:
         transfer_set.save(self.run.transfer_set_path)
         return transfer_set
 
+    def _curate(self, lines: Sequence[dict[str, Any]]) -> Curated:
+        """The recipe's steps, then the last gate; what both left out is written down, also where nothing is left."""
+        prepared, context_tokens = self.prepared, self.prepared.context_tokens
+        steps = chosen(prepared.recipe, prepared.inputs)
+        steps.require_planned(prepared.plan.curation)
+        found = curated_lines(steps.pipeline, lines, prepared.prompts.prompts)
+        reasons = found.reasons
+        curated = curate((_candidate(line, context_tokens, reasons.get(line["prompt_id"])) for line in lines), max_tokens=context_tokens)
+        write(self.run, steps.pipeline, found, curated, lines, prepared.prompts.prompts)
+        return curated
 
-def _candidate(line: dict[str, Any], context_tokens: int) -> Candidate:
+
+def _candidate(line: dict[str, Any], context_tokens: int, found: DropReason | None) -> Candidate:
     asked = line["record_id"] is not None
-    left_out: DropReason | None = line.get("left_out")
+    left_out: DropReason | None = line.get("left_out") or found
     return Candidate(
         id=line["record_id"] if asked else line["prompt_id"],
         prompt_id=line["prompt_id"],

@@ -1,7 +1,7 @@
 """The run directory: what is in it, what state it is in, and how it is opened.
 
     recipe.json  plan.json  decision*  decisions/  env.json   plan     (decisions are added to at every gate)
-    targets/  ledger.jsonl  collect.jsonl  transfer_set.json  collect  (of an endpoint: requests.sqlite  requests-logprobs/  requests.json)
+    targets/  ledger.jsonl  collect.jsonl  curation.json  curation.jsonl  transfer_set.json  collect  (of an endpoint: requests.sqlite  requests-logprobs/  requests.json)
     metrics.jsonl  tensorboard/  checkpoints/  student/       train    (label_only/ holds the baseline's own)
     evals/*.json  samples.jsonl                               evaluate
     report.json  report.html                                  report
@@ -14,7 +14,7 @@ from __future__ import annotations
 import platform
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -44,6 +44,11 @@ class Run:
     @classmethod
     def begin(cls, recipe: Recipe, directory: Path) -> Run:
         """The run of `recipe` in `directory`, new or begun before. Raises RunError where the directory belongs to another recipe or to something else."""
+        with durable.unwritable_reported(directory, "--out"):
+            return cls._begun(recipe, directory)
+
+    @classmethod
+    def _begun(cls, recipe: Recipe, directory: Path) -> Run:
         run = cls(directory.resolve(), recipe)
         if run.recipe_path.exists():
             found = durable.read_json(run.recipe_path)
@@ -71,7 +76,9 @@ class Run:
         """A run that exists. Raises RunError where `directory` holds none."""
         directory = Path(directory)
         path = directory / "recipe.json"
-        if not path.exists():
+        with durable.unwritable_reported(directory, "DIR"):
+            there = path.exists()
+        if not there:
             raise RunError("run-not-a-run", found=f"{directory} has no recipe.json", expected="a run directory", do="Check the path.")
         return cls(directory.resolve(), Recipe.from_tree(durable.read_json(path), name=str(path)))
 
@@ -84,7 +91,9 @@ class Run:
             raise RunError(
                 "run-not-a-run", found=f"{self.directory}: {error.strerror}", expected="a directory", do="Choose another --out."
             ) from error
-        with durable.DirectoryLock(self.directory):
+        with ExitStack() as held:
+            with durable.unwritable_reported(self.directory, "--out"):
+                held.enter_context(durable.DirectoryLock(self.directory))
             yield
 
     @property
@@ -149,6 +158,14 @@ class Run:
     @property
     def bought_path(self) -> Path:
         return self.directory / "requests.json"
+
+    @property
+    def curation_path(self) -> Path:
+        return self.directory / "curation.json"
+
+    @property
+    def left_out_path(self) -> Path:
+        return self.directory / "curation.jsonl"
 
     @property
     def transfer_set_path(self) -> Path:

@@ -18,7 +18,7 @@ from stillroom.core.errors import DataError
 from stillroom.core.identities import Sampling, TokenIds, TokenSequence
 from stillroom.core.interrupts import StopRequest
 from stillroom.core.seeds import derive_seed
-from stillroom.data import Prompt, TransferSet, load_prompts
+from stillroom.data import Prompt, TransferSet
 from stillroom.evals.cost import CostSubject, measure_cost
 from stillroom.evals.fidelity import measure_fidelity
 from stillroom.evals.tasks import Item, ItemScores, score_items
@@ -114,15 +114,12 @@ class Evaluator:
 
     @cached_property
     def _all_items(self) -> tuple[Prompt, ...]:
-        section = self.run.recipe.evaluation
-        if section.path is None:
-            return ()
-        items = load_prompts(section.path, limit=section.limit).prompts
+        items = self.prepared.inputs.items
         missing = next((item for item in items if item.answer is None), None)
         if missing is not None:
             raise DataError(
                 "items-invalid",
-                found=f"an item without an answer in {section.path}: {missing.content[:60]!r}",
+                found=f"an item without an answer in {self.run.recipe.evaluation.path}: {missing.content[:60]!r}",
                 expected="`answer` on every evaluation item",
                 do="Add it, or leave evaluation.path out to measure fidelity and cost alone.",
             )

@@ -70,6 +70,38 @@ class PromptFacts(Documented):
     answer_tokens_why: str
 
 
+class CurationFacts(Documented):
+    """What decides which answers the student sees."""
+
+    steps: list[str]
+    """In the order in which they run, a verifier's rules among them."""
+    sha256: str
+    """Of the steps with their settings, the verifier's files and the items that are kept out: with others a run does not go on."""
+    why: str
+
+
+class RedactedKind(Documented):
+    """One kind of secret."""
+
+    kind: str
+    """As it stands in placeholders; LITERAL is text that looked like one by itself."""
+    places: int
+    """In how many places it was replaced."""
+    distinct: int
+    """How many different ones there are."""
+    texts: int
+    """In how many prompts, items and labelled pairs."""
+
+
+class RedactionFacts(Documented):
+    """What is taken out of the texts before an endpoint sees them. What it was is said nowhere."""
+
+    mode: Literal["off", "placeholders", "restored"]
+    texts: int
+    """How many prompts, items and labelled pairs were looked at."""
+    kinds: list[RedactedKind]
+
+
 class Hardware(Documented):
     """Where it will run, and what was chosen for it."""
 
@@ -168,6 +200,10 @@ class Plan(Documented):
     terms: Terms
     prompts: PromptFacts
     signal: Signal
+    curation: CurationFacts | None = None
+    """None in a plan that was made before runs curated."""
+    redaction: RedactionFacts | None = None
+    """Only of a teacher behind an endpoint."""
     objective: str
     steps: int
     epochs: float

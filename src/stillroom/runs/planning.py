@@ -13,9 +13,9 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from stillroom.core import clock, durable
-from stillroom.core.errors import DataError, ResourceError, StoreError
+from stillroom.core.errors import DataError, ModelError, ResourceError, StoreError
 from stillroom.core.launch import launched
-from stillroom.data import LoadedPrompts, Prompt, load_prompts
+from stillroom.data import LoadedPrompts, Prompt
 from stillroom.entitlement.verdict import Verdict
 from stillroom.models.adapters import LoraSettings, add_lora
 from stillroom.models.arithmetic import require_compiler
@@ -37,10 +37,23 @@ from stillroom.models.tokenizers import Renderer, load_tokenizer, vocabulary_of
 from stillroom.objectives.divergences import DIVERGENCES
 from stillroom.objectives.matching import STATE_MATCHES
 from stillroom.objectives.objective import Objective, WeightedTerm
+from stillroom.runs.curating import asked_in_vain, chosen
 from stillroom.runs.endpoints import Asking, EndpointTeacher, endpoint_teacher, most_tokens, obtainable, require_askable, require_signal
 from stillroom.runs.entitling import decide_recipe, entitled, sources_of, terms_of
+from stillroom.runs.inputs import Inputs
 from stillroom.runs.loggers import chosen as loggers_chosen
-from stillroom.runs.plan import CardFit, Estimate, Hardware, ModelFacts, Plan, PromptFacts, Signal, VocabularyFacts
+from stillroom.runs.plan import (
+    CardFit,
+    CurationFacts,
+    Estimate,
+    Hardware,
+    ModelFacts,
+    Plan,
+    PromptFacts,
+    RedactionFacts,
+    Signal,
+    VocabularyFacts,
+)
 from stillroom.runs.recipe import ObjectiveSection, Recipe
 from stillroom.runs.report import Decision
 from stillroom.targets.vocabulary import Vocabulary, require_same
@@ -82,8 +95,13 @@ class Prepared:
     student: StudentPlan
     tokenizer: PreTrainedTokenizerFast
     renderer: Renderer
-    prompts: LoadedPrompts
+    inputs: Inputs
     objective: Objective
+
+    @property
+    def prompts(self) -> LoadedPrompts:
+        """What the teacher is asked."""
+        return self.inputs.prompts
 
     @property
     def context_tokens(self) -> int:
@@ -145,12 +163,15 @@ def prepare(recipe: Recipe, *, out: Path | None = None, planned: Plan | None = N
     decided = entitled if gate or no_plan else decide_recipe
     verdict, sources = decided(recipe), sources_of(recipe)
     loggers_chosen(recipe.logging)
-    teacher, tokenizer, teacher_vocabulary = _teacher(recipe, out)
+    teacher = _teacher(recipe, out)
     if planned is not None and isinstance(teacher, ModelDescription):
         _require_same_teacher(planned, teacher)
-    student = _plan_student(recipe, teacher, tokenizer, teacher_vocabulary)
+    base = _base(recipe)
+    tokenizer, teacher_vocabulary = _tokens_of(recipe, teacher, base)
+    student = _plan_student(recipe, teacher, tokenizer, teacher_vocabulary, base)
     renderer = Renderer(tokenizer)
-    prompts = load_prompts(recipe.prompts.path, dataset=recipe.prompts.dataset, split=recipe.prompts.split, limit=recipe.prompts.limit)
+    inputs = Inputs(recipe)
+    prompts = inputs.prompts
     if sources_of(recipe) != sources:  # a card came with what was fetched
         verdict = decided(recipe)
     if planned is not None:
@@ -160,7 +181,7 @@ def prepare(recipe: Recipe, *, out: Path | None = None, planned: Plan | None = N
         assert isinstance(teacher, ModelDescription), "terms on hidden states have been refused"
         match.check_widths(student.shape.width, teacher.shape.width)
     if planned is None:
-        planned = _Planner(recipe, out or Path.cwd(), teacher, student, teacher_vocabulary, renderer, prompts, objective).plan(verdict, cards=cards)
+        planned = _Planner(recipe, out or Path.cwd(), teacher, student, teacher_vocabulary, renderer, inputs, objective).plan(verdict, cards=cards)
     return Prepared(
         recipe=recipe,
         plan=planned,
@@ -170,30 +191,51 @@ def prepare(recipe: Recipe, *, out: Path | None = None, planned: Plan | None = N
         student=student,
         tokenizer=tokenizer,
         renderer=renderer,
-        prompts=prompts,
+        inputs=inputs,
         objective=objective,
     )
 
 
-def _teacher(recipe: Recipe, out: Path | None) -> tuple[ModelDescription | EndpointTeacher, PreTrainedTokenizerFast, Vocabulary]:
-    """The teacher, and the tokenizer that its text is in with its vocabulary. Behind an endpoint that is the one that the recipe names, else the student's,
+@dataclass(frozen=True, slots=True)
+class _Base:
+    """The model that the student is made from."""
+
+    description: ModelDescription
+    tokenizer: PreTrainedTokenizerFast
+    vocabulary: Vocabulary
+
+
+def _teacher(recipe: Recipe, out: Path | None) -> ModelDescription | EndpointTeacher:
+    if recipe.teacher.endpoint is None:
+        return describe(recipe.teacher.source, recipe.teacher.revision)
+    require_askable(recipe)
+    return endpoint_teacher(recipe, out)
+
+
+def _base(recipe: Recipe) -> _Base | None:
+    """None where the student is no model that exists."""
+    section = recipe.student
+    if section.model is None:
+        return None
+    description = describe(section.model, section.revision)
+    tokenizer = load_tokenizer(section.model, section.revision)
+    return _Base(description, tokenizer, vocabulary_of(tokenizer, description.shape.rows, description.end_ids))
+
+
+def _tokens_of(recipe: Recipe, teacher: ModelDescription | EndpointTeacher, base: _Base | None) -> tuple[PreTrainedTokenizerFast, Vocabulary]:
+    """The tokenizer that the teacher's text is in, with its vocabulary. Behind an endpoint that is the one that the recipe names, else the student's,
     in whose tokens the teacher's text is then written.
     """
     section = recipe.teacher
-    if section.endpoint is None:
-        description = describe(section.source, section.revision)
+    if isinstance(teacher, ModelDescription):
         tokenizer = load_tokenizer(section.source, section.revision)
-        return description, tokenizer, vocabulary_of(tokenizer, description.shape.rows, description.end_ids)
-    require_askable(recipe)
-    teacher = endpoint_teacher(recipe, out)
+        return tokenizer, vocabulary_of(tokenizer, teacher.shape.rows, teacher.end_ids)
     if section.tokenizer is not None:
         tokenizer = load_tokenizer(section.tokenizer)
         rows = 1 + max([*tokenizer.get_vocab().values(), *tokenizer.added_tokens_decoder])
-        return teacher, tokenizer, vocabulary_of(tokenizer, rows)
-    assert recipe.student.model is not None, "the recipe has been refused otherwise"
-    description = describe(recipe.student.model, recipe.student.revision)
-    tokenizer = load_tokenizer(recipe.student.model, recipe.student.revision)
-    return teacher, tokenizer, vocabulary_of(tokenizer, description.shape.rows, description.end_ids)
+        return tokenizer, vocabulary_of(tokenizer, rows)
+    assert base is not None, "the recipe has been refused otherwise"
+    return base.tokenizer, base.vocabulary
 
 
 def _context_length(teacher: ModelDescription | EndpointTeacher) -> int | None:
@@ -238,12 +280,15 @@ def objective_of(section: ObjectiveSection) -> Objective:
 
 
 def _plan_student(
-    recipe: Recipe, teacher: ModelDescription | EndpointTeacher, tokenizer: PreTrainedTokenizerFast, teacher_vocabulary: Vocabulary
+    recipe: Recipe,
+    teacher: ModelDescription | EndpointTeacher,
+    tokenizer: PreTrainedTokenizerFast,
+    teacher_vocabulary: Vocabulary,
+    base: _Base | None,
 ) -> StudentPlan:
     section = recipe.student
-    if section.model is not None:
-        description = describe(section.model, section.revision)
-        vocabulary = vocabulary_of(load_tokenizer(section.model, section.revision), description.shape.rows, description.end_ids)
+    if base is not None:
+        description, vocabulary = base.description, base.vocabulary
         require_same(teacher_vocabulary, vocabulary)
         return StudentPlan(
             kind=description.ref.kind,
@@ -314,11 +359,11 @@ class _Planner:
         student: StudentPlan,
         vocabulary: Vocabulary,
         renderer: Renderer,
-        prompts: LoadedPrompts,
+        inputs: Inputs,
         objective: Objective,
     ) -> None:
         self.recipe, self.out, self.teacher, self.student, self.vocabulary = recipe, out, teacher, student, vocabulary
-        self.renderer, self.prompts, self.objective = renderer, prompts, objective
+        self.renderer, self.inputs, self.prompts, self.objective = renderer, inputs, inputs.prompts, objective
         self.decisions: list[Decision] = []
         self.warnings: list[str] = []
         self.items = 0
@@ -330,6 +375,8 @@ class _Planner:
         recipe = self.recipe
         facts = self._prompts()
         signal = self._signal(facts)
+        curation = self._curation()
+        redaction = self._redaction(signal)
         steps, epochs = self._length(facts.count)
         device, dtype = self._device(), self._dtype()
         if recipe.hardware.compile:
@@ -352,6 +399,8 @@ class _Planner:
             terms=terms_of(recipe, verdict),
             prompts=facts,
             signal=signal,
+            curation=curation,
+            redaction=redaction,
             objective=_described(self.objective),
             steps=steps,
             epochs=epochs,
@@ -402,8 +451,7 @@ class _Planner:
         )
 
     def _answer_lengths(self) -> tuple[list[int], str]:
-        most, evaluation = self.recipe.generation.max_new_tokens, self.recipe.evaluation
-        items = load_prompts(evaluation.path, limit=evaluation.limit).prompts if evaluation.path is not None else ()
+        most, items = self.recipe.generation.max_new_tokens, self.inputs.items
         self.items = len(items)
         given = [prompt for prompt in _spread(self.prompts.prompts, 200) if prompt.answer is not None or self.renderer.ends_with_answer(prompt)]
         if given:
@@ -448,7 +496,7 @@ class _Planner:
         """What the requests can cost at the worst, beside what they may."""
         if self.recipe.prompts.answers == "given":
             return
-        sample = _spread(self.prompts.prompts, 200)
+        sample = [self.inputs.sent(prompt) for prompt in _spread(self.prompts.prompts, 200)]
         asking = asking_of(self.recipe, teacher, self.renderer)
         most = round(most_tokens(asking, sample, teacher.price) / len(sample) * facts.count)
         cap = teacher.caps.tokens
@@ -457,6 +505,38 @@ class _Planner:
             self.warnings.append(warning)
         if cap is not None and most > cap:
             self.warnings.append(f"the cap of {cap:,} tokens may be reached before all prompts are answered; it can be raised, and the run goes on")
+
+    def _curation(self) -> CurationFacts:
+        """Which steps will run; what is asked in vain is said before it is paid for."""
+        found = chosen(self.recipe, self.inputs)
+        if self.recipe.curation.steps == "auto":
+            self._decided("curation.steps", ", ".join(found.facts.steps) or "none", found.why)
+        if isinstance(self.teacher, EndpointTeacher) and self.recipe.prompts.answers == "teacher":
+            hit, looked_at = asked_in_vain(found, self.prompts.prompts)
+            if hit:
+                self.warnings.append(
+                    f"{hit} of {looked_at} prompts looked at have an evaluation item in them: their answers will be paid for and left out"
+                )
+        return found.facts
+
+    def _redaction(self, signal: Signal) -> RedactionFacts | None:
+        mode, found = self.inputs.mode, self.inputs.redaction
+        if mode == "restored" and signal.kind == "top_k":
+            raise ModelError(
+                "targets-unsupported",
+                found="collection.redaction: restored, and targets of kind top_k",
+                expected="text, or placeholders",
+                why="the endpoint's log-probabilities are those of placeholders, and not of what is put back in their place",
+                do="Set collection.redaction to placeholders or off; or learn from the text: targets.kind: text, objective.terms: [{divergence: cross_entropy}].",
+            )
+        if found is not None and found.kinds:
+            kinds = ", ".join(f"{one.places} {one.kind} in {one.texts} texts" for one in found.kinds)
+            self._decided("collection.redaction", mode, f"replaced before anything is sent: {kinds}")
+        if vain := self.inputs.secrets_in_answers_alone():
+            self.warnings.append(
+                f"in {vain} of {self.items} evaluation items the expected answer has a secret that the prompt has not: its placeholder is never the right answer"
+            )
+        return found
 
     def _local_signal(self, teacher: ModelDescription, facts: PromptFacts) -> Signal:
         section = self.recipe.targets
@@ -683,7 +763,7 @@ class _Planner:
         if section is None:
             return None
         return LabelOnlyWork(
-            pairs=len(load_prompts(section.path, limit=section.limit).prompts),
+            pairs=len(self.inputs.pairs),
             validation_fraction=section.validation_fraction,
             validate_every=section.validate_every,
             patience=section.patience,

@@ -6,7 +6,6 @@ The calls and their answers lie whole in a request store. A probe that was stopp
 from __future__ import annotations
 
 import asyncio
-import os
 from dataclasses import asdict, dataclass, replace
 from decimal import Decimal
 from pathlib import Path
@@ -34,7 +33,6 @@ from stillroom.targets.vocabulary import Vocabulary
 MOST_TOKENS = 50_000
 PATIENCE = Policy(timeout_seconds=120.0, attempts=4, longest_wait_seconds=60.0)
 _LOOK_SECONDS = 0.25  # how often a request to stop is looked for in a wait
-_SECRET_CHARACTERS = 8  # a shorter key is a placeholder, and a word that answers may have
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -252,13 +250,12 @@ class _Buyer:
         found = await send(self.transport, self._store, reservation, headers, self._policy.timeout_seconds)
         if isinstance(found, Failure):
             return found
-        response = _without_key(found, call.endpoint)
-        outcomes = read_response(call, response)
+        outcomes = read_response(call, found)
         answer = next((outcome for outcome in outcomes if isinstance(outcome, Answer)), None)
         outcome = outcomes[0] if answer is None else replace(answer, usage=outcomes[0].usage)  # one response, one usage
-        request_id = response.headers.get("x-request-id")
-        await self._store.settle(reservation, outcome, response.body, status=response.status, request_id=request_id, keep_raw=True)
-        return outcome if isinstance(outcome, Failure) else response
+        request_id = found.headers.get("x-request-id")
+        await self._store.settle(reservation, outcome, found.body, status=found.status, request_id=request_id, keep_raw=True)
+        return outcome if isinstance(outcome, Failure) else found
 
     async def _wait(self, seconds: float) -> None:
         """Ends early at a request to stop, which the next call meets."""
@@ -267,14 +264,3 @@ class _Buyer:
         while (left := until - loop.time()) > 0 and not self._stop.asked:
             await asyncio.sleep(min(left, _LOOK_SECONDS))
         self._stop.check("while waiting to ask the endpoint again")
-
-
-def _without_key(response: Response, endpoint: Endpoint) -> Response:
-    """An endpoint may say the key that it was sent; nothing that is kept or printed has it."""
-    key = os.environ.get(endpoint.key_variable or "", "").strip()
-    if len(key) < _SECRET_CHARACTERS:
-        return response
-    body = response.body
-    for written in (key, key.replace("/", "\\/")):  # as JSON may have it
-        body = body.replace(written.encode(), b"[key]")
-    return replace(response, body=body, headers={name: value.replace(key, "[key]") for name, value in response.headers.items()})

@@ -262,12 +262,13 @@ class IntentSection(_Section):
 
 
 class CollectionSection(_Section):
-    """Only with teacher.endpoint: what may be spent, and how fast. All but top_logprobs and store may be changed while a run goes on."""
+    """Only with teacher.endpoint: what may be spent, and how fast. top_logprobs, store and redaction stay; the rest may be changed while a run goes on."""
 
     prices: str | None = None
     """A YAML file of prices, dated; docs/guides/probe-an-endpoint.md has one. A cap in money needs the model's price in it."""
     max_money: Annotated[float, Field(ge=0.0)] | None = None
-    """The most that the run may spend, in the currency of the prices: reserved before each request, so it cannot be passed."""
+    """The most that the run may spend, in the currency of the prices: reserved before each request, so it cannot be passed. What its request store has spent
+    before (a probe, another run with the same `store`) is counted."""
     max_tokens: Annotated[int, Field(ge=0, le=_MOST)] | None = None
     """The most that it may spend in tokens, prompts' and answers'. One of the two caps is needed; where the price is not known, this one."""
     in_flight: Positive = 256
@@ -277,7 +278,15 @@ class CollectionSection(_Section):
     top_logprobs: Literal["auto"] | Annotated[int, Field(ge=1, le=1000)] = "auto"
     """How many alternatives to ask for at each token; auto: as many as the stored probe proved, at most targets.k, and none without a probe."""
     store: str | None = None
-    """A request store to use, which may hold a probe and answers already; by default requests.sqlite in the run's directory."""
+    """A request store to use, which may hold a probe and answers already: what is asked again is not bought again. One run at a time uses it; the caps hold
+    for all that it has spent. By default requests.sqlite in the run's directory."""
+    redaction: Literal["off", "placeholders", "restored"] = "placeholders"
+    """placeholders: nobody sees the secrets in texts, the student neither. restored: they are taken out of what is sent alone. off: they are sent."""
+
+    @field_validator("redaction", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: Any) -> Any:
+        return "off" if value is False else value  # YAML reads a bare `off` as false
 
 
 # What may be raised or lowered between two parts of a run: it changes how answers are bought, and no answer.
@@ -291,6 +300,54 @@ class GenerationSection(_Section):
     """Longest answer, in tokens, the end token included."""
     sampling_temperature: Annotated[float, Field(ge=0.0)] = 0.0
     """0 is greedy."""
+
+
+class VerifierSection(_Section):
+    """Rules of your own, those that are given, in this order: what one rejects is left out as verifier, what it cannot judge as verifier-error."""
+
+    regex: str | None = None
+    """A regular expression, as Python has them, that must be found in the answer."""
+    forbidden: str | None = None
+    """One that must not be found in it."""
+    json_schema: Name | dict[str, Any] | None = None
+    """The answer must be JSON that fits this schema, alone or in a code fence: a file, relative to the recipe, or the schema itself."""
+    function: Name | None = None
+    """FILE.py:NAME (relative to the recipe) or MODULE:NAME: a Python function of prompt and answer, which is run. It returns True, False, or why not."""
+
+    @field_validator("json_schema")
+    @classmethod
+    def _has_a_canonical_form(cls, value: Any) -> Any:
+        try:
+            canonical_json(value)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"no JSON: {error}") from error
+        return value
+
+    @model_validator(mode="after")
+    def _has_a_rule(self) -> VerifierSection:
+        if all(getattr(self, name) is None for name in type(self).model_fields):
+            raise ValueError(f"give at least one of {', '.join(type(self).model_fields)}")
+        return self
+
+
+CurationStep: TypeAlias = Literal[
+    "truncation", "emptiness", "refusal", "identity", "prompt_echo", "exact_duplicates", "near_duplicates", "decontamination"
+]
+
+
+class CurationSection(_Section):
+    """Which answers are left out of what the student sees; docs/guides/clean-what-a-teacher-wrote.md shows it. Each is counted, with its reason."""
+
+    steps: Literal["auto"] | tuple[CurationStep, ...] = "auto"
+    """In this order. auto: decontamination against the evaluation items; before it, where an endpoint answers or answers are given, the first four."""
+    verifier: VerifierSection | None = None
+
+    @field_validator("steps")
+    @classmethod
+    def _each_once(cls, value: Any) -> Any:
+        if value != "auto" and len(set(value)) < len(value):
+            raise ValueError("a step is there twice")
+        return value
 
 
 class TargetsSection(_Section):
@@ -511,6 +568,7 @@ class Recipe(_Section):
     prompts: PromptsSection
     collection: CollectionSection | None = None
     generation: GenerationSection = GenerationSection()
+    curation: CurationSection = CurationSection()
     targets: TargetsSection = TargetsSection()
     objective: ObjectiveSection = ObjectiveSection()
     training: TrainingSection = TrainingSection()
@@ -611,6 +669,12 @@ class Recipe(_Section):
             tree[section][key] = settle(tree[section][key])
         if tree["evaluation"]["label_only"]:
             tree["evaluation"]["label_only"]["path"] = settle(tree["evaluation"]["label_only"]["path"])
+        verifier = tree["curation"]["verifier"]
+        if verifier and isinstance(verifier["json_schema"], str):
+            verifier["json_schema"] = settle(verifier["json_schema"])
+        if verifier and verifier["function"]:
+            file, colon, name = verifier["function"].rpartition(":")
+            verifier["function"] = f"{settle(file) if file.endswith('.py') else file}{colon}{name}"
         tree["terms"]["authorisations"] = [settle(path) for path in tree["terms"]["authorisations"]]
         return Recipe.model_validate(tree)
 

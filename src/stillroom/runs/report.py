@@ -155,6 +155,66 @@ class Collection(Documented):
     """After how many calls the student has cost as much as the teacher would have: collecting, training and the student's own calls together."""
 
 
+class CurationStep(Documented):
+    """What one step left out: before = after + all left_out."""
+
+    step: str
+    """`collecting` (no answer, or none that can be learned from) and `last-gate` (too long, cut off, empty, there already) belong to every run."""
+    before: int
+    after: int
+    left_out: dict[str, int]
+    """By reason."""
+    shares: dict[str, Number]
+    """The same as shares of the rows before the step."""
+
+
+class SplitHits(Documented):
+    """The evaluation items of one split that stood in answers which were left out for it."""
+
+    split: str
+    items: Number
+    hit: Number
+    by_overlap: Number
+    """Items that would be found by their words wherever they stood."""
+    by_prompt_alone: Number
+    """Items that would be found by their whole prompt alone."""
+    most_often: dict[str, int]
+    """Items that were hit, with in how many answers; the first twenty."""
+
+
+class Replaced(Documented):
+    """Secrets of one kind that no endpoint saw."""
+
+    places: Number
+    distinct: Number
+    texts: Number
+    """Prompts, items and labelled pairs that had any."""
+
+
+class Redaction(Documented):
+    """What was taken out of the texts before the endpoint was asked."""
+
+    mode: Literal["off", "placeholders", "restored"]
+    texts: Number
+    """Prompts, items and labelled pairs that were looked at."""
+    kinds: dict[str, Replaced]
+    placeholders_unknown: Number
+    """Placeholders that stand in an answer and not in its prompt."""
+
+
+class Curation(Documented):
+    """What the student did not see of what was asked for, and why: requested = accepted + all left out."""
+
+    sha256: str
+    """Of the steps with their settings."""
+    requested: Number
+    accepted: Number
+    steps: list[CurationStep]
+    splits: list[SplitHits]
+    redaction: Redaction | None
+    """Only of a teacher behind an endpoint."""
+
+
 class Sample(Documented):
     """One evaluation item, side by side."""
 
@@ -221,6 +281,8 @@ class Report(Documented):
     making: Making
     collection: Collection | None = None
     """Only of a teacher behind an endpoint."""
+    curation: Curation | None = None
+    """None of a run that was collected before runs curated."""
     curves: list[CurvePoint]
     samples: list[Sample]
     """Disagreements first."""

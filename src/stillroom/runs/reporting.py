@@ -21,12 +21,14 @@ from stillroom.evals.tasks import ItemScores, accuracy, accuracy_by_family, gap_
 from stillroom.runs.directory import Run
 from stillroom.runs.entitling import terms_of
 from stillroom.runs.gates import read_decision
-from stillroom.runs.plan import Plan
+from stillroom.runs.plan import Plan, RedactionFacts
 from stillroom.runs.report import (
     Absent,
     AskedRows,
     Collection,
     Cost,
+    Curation,
+    CurationStep,
     CurvePoint,
     Decision,
     Fidelity,
@@ -38,15 +40,20 @@ from stillroom.runs.report import (
     Provenance,
     Quality,
     Ratios,
+    Redaction,
+    Replaced,
     Report,
     Sample,
+    SplitHits,
 )
-from stillroom.runs.summaries import Bought, Evaluation, Training, read
+from stillroom.runs.summaries import Bought, CurationSummary, Evaluation, HitItem, HitSplit, SiftedStep, Training, read
 
 MODELS = ("teacher", "student", "student_before", "label_only")
 _SAMPLES = 60
 # Beyond this many points a curve is thinned.
 _CURVE_POINTS = 300
+# Evaluation items that are named; curation.json has all.
+_ITEMS = 20
 
 
 def build_report(run: Run) -> Report:
@@ -63,6 +70,7 @@ def build_report(run: Run) -> Report:
         cost=_cost(run),
         making=_making(run, plan, summary, training, bought),
         collection=_collection(run, bought, training) if bought is not None else None,
+        curation=_curation(run, plan) if run.curation_path.exists() else None,
         curves=_curves(run.directory / "metrics.jsonl"),
         samples=_samples(scores["teacher"], scores["student"]),
         provenance=_provenance(run, plan, summary, training),
@@ -235,6 +243,63 @@ def _break_even(run: Run, bought: Bought, training: Training) -> Maybe:
         return Absent(absent=found.reason or "it never does")
     source = "requests.json, training.json, evals/cost.json: the least number of calls that would have cost the teacher's price as much; one answer at a time"
     return Number(value=found.calls, unit="calls", source=source)
+
+
+# --- what was left out ----------------------------------------------------------------------------------------------------------------
+
+
+def _curation(run: Run, plan: Plan) -> Curation:
+    found = read(run.curation_path, CurationSummary)
+    return Curation(
+        sha256=found.sha256,
+        requested=_counted_in("curation.json", found.requested, "answers"),
+        accepted=_counted_in("curation.json", found.accepted, "answers"),
+        steps=[_curation_step(step) for step in found.steps],
+        splits=[_split_hits(split, found.items) for split in found.splits],
+        redaction=_redaction(plan.redaction, found) if plan.redaction is not None else None,
+    )
+
+
+def _counted_in(file: str, value: int, unit: str) -> Number:
+    return Number(value=value, unit=unit, source=file)
+
+
+def _curation_step(step: SiftedStep) -> CurationStep:
+    shares = {
+        reason: Number(value=count / step.before, n=step.before, unit="ratio", source=f"curation.json: {count} of the rows before {step.step}")
+        for reason, count in step.dropped.items()
+    }
+    return CurationStep(step=step.step, before=step.before, after=step.after, left_out=step.dropped, shares=shares)
+
+
+def _split_hits(split: HitSplit, items: list[HitItem]) -> SplitHits:
+    def counted(value: int) -> Number:
+        return _counted_in("curation.json", value, "items")
+
+    hits = {hit.item: hit.rows for hit in items if hit.item.startswith(f"{split.split}/")}
+    return SplitHits(
+        split=split.split,
+        items=counted(split.items),
+        hit=counted(split.hit),
+        by_overlap=counted(split.by_overlap),
+        by_prompt_alone=counted(split.by_prompt_alone),
+        most_often=dict(list(hits.items())[:_ITEMS]),
+    )
+
+
+def _redaction(facts: RedactionFacts, curated: CurationSummary) -> Redaction:
+    def counted(value: int, unit: str) -> Number:
+        return _counted_in("plan.json", value, unit)
+
+    return Redaction(
+        mode=facts.mode,
+        texts=counted(facts.texts, "texts"),
+        kinds={
+            one.kind: Replaced(places=counted(one.places, "places"), distinct=counted(one.distinct, "secrets"), texts=counted(one.texts, "texts"))
+            for one in facts.kinds
+        },
+        placeholders_unknown=_counted_in("curation.json", curated.placeholders_unknown, "placeholders"),
+    )
 
 
 def _curves(metrics: Path) -> list[CurvePoint]:

@@ -184,7 +184,8 @@ def compare(run: Run, *, prompt: str | None, file: Path | None) -> list[tuple[st
     run.require("trained", "train")
     behind_endpoint = run.recipe.teacher.endpoint is not None
     prepared = prepare(run.recipe, out=run.directory, planned=_plan_of(run), gate=behind_endpoint)
-    asked = (Prompt.of(prompt),) if prompt is not None else load_prompts(file).prompts
+    typed = (Prompt.of(prompt),) if prompt is not None else load_prompts(file).prompts
+    asked = prepared.inputs.taken_in(typed)
     ids = [prepared.renderer.prompt_ids(one) for one in asked]
     sampling = Sampling(max_new_tokens=run.recipe.generation.max_new_tokens)
     teacher = None if behind_endpoint else teacher_of(prepared)
@@ -200,7 +201,8 @@ def compare(run: Run, *, prompt: str | None, file: Path | None) -> list[tuple[st
             answers = [[text or "" for text in purchases.texts(COMPARE, asked)], written(student)]
     else:
         answers = [written(teacher), written(student)]
-    return [(one.content, *pair) for one, *pair in zip(asked, *answers, strict=True)]
+    shown = [[prepared.inputs.shown(one, text) for one, text in zip(asked, texts, strict=True)] for texts in answers]
+    return [(one.content, *pair) for one, *pair in zip(typed, *shown, strict=True)]
 
 
 def _plan_of(run: Run) -> Plan | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -60,6 +60,53 @@ class Evaluation(Documented):
     time: str
     ledger_head: str
     ledger_entries: int
+
+
+class SiftedStep(Documented):
+    """What one step of curation did: before = after + all dropped."""
+
+    step: str
+    settings: dict[str, Any]
+    before: int
+    after: int
+    dropped: dict[str, int] = Field(default_factory=dict)
+    """By reason."""
+
+
+class HitSplit(Documented):
+    """The evaluation items of one split, and how many of them stood in answers that were left out."""
+
+    split: str
+    items: int
+    hit: int
+    by_overlap: int
+    """Items that are found by their words wherever they stand."""
+    by_prompt_alone: int
+    """Items that are found by their whole prompt alone: too short, or made of what other items have too."""
+
+
+class HitItem(Documented):
+    """An evaluation item, and how many answers that were left out have it in them."""
+
+    item: str
+    """SPLIT/NUMBER, its place among the items from 1."""
+    rows: int
+
+
+class CurationSummary(Documented):
+    """curation.json: what was left out of the transfer set, step by step."""
+
+    sha256: str
+    """Of the steps between the two gates, with their settings."""
+    requested: int
+    accepted: int
+    steps: list[SiftedStep]
+    """`collecting` first and `last-gate` last: those two belong to every run."""
+    splits: list[HitSplit] = Field(default_factory=list)
+    items: list[HitItem] = Field(default_factory=list)
+    """Those that were hit, the most often first."""
+    placeholders_unknown: int = 0
+    """Placeholders that stand in an answer and not in its prompt."""
 
 
 class Rows(Documented):

@@ -10,7 +10,16 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from stillroom.runs.documented import descriptions
-from stillroom.runs.recipe import CollectionSection, CompetesSection, EndpointSection, FromScratch, LabelOnlySection, LoraSection, Recipe
+from stillroom.runs.recipe import (
+    CollectionSection,
+    CompetesSection,
+    EndpointSection,
+    FromScratch,
+    LabelOnlySection,
+    LoraSection,
+    Recipe,
+    VerifierSection,
+)
 
 _HEAD = """\
 # A recipe: everything a run depends on.
@@ -29,6 +38,10 @@ _EXAMPLES: dict[str, Any] = {
     "collection.max_money": 5,
     "collection.max_tokens": 1000000,
     "collection.store": "requests.sqlite",
+    "curation.verifier.regex": "[.!?]\\s*$",
+    "curation.verifier.forbidden": "(?i)as an ai",
+    "curation.verifier.json_schema": "schema.json",
+    "curation.verifier.function": "checks.py:name",
     "terms.model": "owner/name",
     "terms.licence": "Apache-2.0",
     "terms.base_model": "owner/name",
@@ -68,6 +81,7 @@ _OPTIONAL_SECTIONS: dict[str, type[BaseModel]] = {
     "teacher.endpoint": EndpointSection,
     "collection": CollectionSection,
     "intent.competes": CompetesSection,
+    "curation.verifier": VerifierSection,
     "student.from_scratch": FromScratch,
     "student.lora": LoraSection,
     "evaluation.label_only": LabelOnlySection,

@@ -17,7 +17,7 @@ from stillroom.core.hashing import sha256_file
 from stillroom.core.identities import TokenSequence
 from stillroom.core.interrupts import StopRequest
 from stillroom.core.seeds import derive_seed
-from stillroom.data import TransferSet, load_prompts
+from stillroom.data import TransferSet
 from stillroom.ledger import Ledger, Trained
 from stillroom.models.adapters import WEIGHTS, add_lora, load_adapter, merged
 from stillroom.models.arithmetic import compile_body, recompute_layers
@@ -271,7 +271,7 @@ class Trainer:
 
     def _labelled(self, section: LabelOnlySection) -> dict[str, TokenSequence]:
         sequences: dict[str, TokenSequence] = {}
-        for prompt in load_prompts(section.path, limit=section.limit).prompts:
+        for prompt in self.prepared.inputs.pairs:
             if prompt.answer is None and not self.prepared.renderer.ends_with_answer(prompt):
                 raise DataError(
                     "items-invalid",

@@ -12,7 +12,7 @@ import json
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from types import MappingProxyType
 from typing import Any
 
@@ -70,6 +70,11 @@ class Vocabulary:
                 why="the model cannot say or read its own last tokens",
                 do="Resize the model's embeddings to its tokenizer, or remove the tokens that were added to it.",
             )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """How it goes to another process: made again there, for its read-only mappings cannot go as they are."""
+        special, encodings = dict(self.special), dict(self.encodings)
+        return partial(Vocabulary, tokens=self.tokens, special=special, end_ids=self.end_ids, rows=self.rows, encodings=encodings), ()
 
     @property
     def size(self) -> int:

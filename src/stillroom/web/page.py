@@ -28,6 +28,7 @@ _CONTENTS = (
     ("cost", "Cost to run"),
     ("making", "Cost to make"),
     ("collection", "The endpoint"),
+    ("curation", "Left out"),
     ("provenance", "Provenance"),
     ("reproduce", "How to reproduce"),
     ("obligations", "Obligations"),
@@ -51,6 +52,7 @@ def render(report: dict[str, Any], *, metrics: list[dict[str, Any]] | None = Non
         record.costs(report),
         record.making(report),
         record.collection(report),
+        record.curation(report),
         record.provenance(report),
         record.reproduce(report),
         record.obligations(report),
@@ -80,7 +82,7 @@ def _head(report: dict[str, Any], style: Html, script: Html) -> Html:
 
 
 def _contents(report: dict[str, Any]) -> Html:
-    there = [entry for entry in _CONTENTS if entry[0] != "collection" or report.get("collection")]
+    there = [entry for entry in _CONTENTS if entry[0] not in ("collection", "curation") or report.get(entry[0])]
     return el("nav", el("ol", [el("li", el("a", title, href=f"#{anchor}")) for anchor, title in there]), aria_label="Contents")
 
 

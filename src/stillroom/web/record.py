@@ -9,7 +9,7 @@ from typing import Any
 from stillroom.web import format as f
 from stillroom.web.markup import Child, Html, el, join
 from stillroom.web.parts import fact, facts, lead, section, table
-from stillroom.web.readings import Measured, Missing, Node, dig, read, shown
+from stillroom.web.readings import Measured, Missing, Node, dig, read, shown, value_only
 from stillroom.web.results import decision_list
 from stillroom.web.sentences import allowed
 
@@ -24,6 +24,7 @@ _COSTS: tuple[tuple[str, str, f.Style, str], ...] = (
     ("peak_memory_bytes", "Peak memory", f.size, "A fresh process that loads the model and answers, beyond the libraries."),
 )
 
+_PURPOSES = {"collect": "Collecting", "evaluate": "Evaluating", "compare": "Comparing"}
 _STAGES = {
     "plan": "Planning",
     "collect": "Collecting the teacher\u2019s targets",
@@ -69,11 +70,14 @@ def collection(report: Node) -> Html | None:
     node: Mapping[str, Any] | None = dig(report, "collection")
     if not node:
         return None
-    rows: list[list[Child]] = []
-    for purpose, found in (node.get("rows") or {}).items():
-        rows.append([el("bdi", str(purpose)), *(_number(found.get(key)) for key in ("requested", "accepted")), _by_reason(found.get("rejected")),
-                     _by_reason(found.get("failed")), _number(found.get("pending"))])  # fmt: skip
-    heads = ["Asked for", "Requested", "Accepted", "Rejected", "Failed", "Pending"]
+    asked: Mapping[str, Any] = node.get("rows") or {}
+    shows = (
+        ("Requested", "requested", _number), ("Accepted", "accepted", _number), ("Rejected", "rejected", _by_reason), ("Failed", "failed", _by_reason),
+        ("Pending", "pending", _number),
+    )  # fmt: skip
+    # A column for each purpose, of which there are few: reasons are words, and need room on a phone.
+    heads: list[Child] = ["Rows", *(el("bdi", _PURPOSES.get(purpose, purpose)) for purpose in asked)]
+    rows: list[list[Child]] = [[name, *(show(found.get(key)) for found in asked.values())] for name, key, show in shows]
     names = (
         ("spent_tokens", "Tokens spent"), ("reserved_tokens", "Tokens reserved"), ("cap_tokens", "Cap in tokens"), ("spent_money", "Money spent"),
         ("reserved_money", "Money reserved"), ("cap_money", "Cap in money"), ("break_even_calls", "Calls to break even"),
@@ -84,26 +88,116 @@ def collection(report: Node) -> Html | None:
         is_money = key.endswith("money")
         amounts.append([name, shown(reading, f.money(reading.unit if isinstance(reading, Measured) else "") if is_money else f.count)])
     words = join(
-        "Log-probabilities of ", _number(node.get("logprobs_verified")), " answers passed verification, and of ", _by_reason(node.get("logprobs_demoted")),
-        " did not. What is reserved may have been billed without an answer.",
+        "Log-probabilities of ", _number(node.get("logprobs_verified")), " answers passed verification, and of ", _number(_sum(node.get("logprobs_demoted"))),
+        " did not", *_in_brackets(node.get("logprobs_demoted")), ". What is reserved may have been billed without an answer.",
     )  # fmt: skip
     return section(
         "collection",
         "What was asked of the endpoint",
         lead(words),
-        table("Rows by what became of them", heads, rows, class_="numbers"),
+        table("Rows by what became of them", heads, rows, class_="numbers asked") if asked else None,
         table("Spent, reserved and allowed", ["What", "Amount"], amounts, class_="numbers making"),
     )
+
+
+_GATES = {
+    "collecting": ("Collecting", "There is no answer, or none that can be learned from."),
+    "last-gate": ("Last gate", "Too long, cut off, empty, or there already."),
+}
+
+
+def curation(report: Node) -> Html | None:
+    """What was left out of what the student saw, step by step; nothing where the report does not say."""
+    node: Mapping[str, Any] | None = dig(report, "curation")
+    if not node:
+        return None
+    steps = list(node.get("steps") or [])
+    rows: list[list[Child]] = [
+        [_step_name(str(step.get("step"))), _number(step.get("before")), _dropped(step), _number(step.get("after"))] for step in steps
+    ]
+    words = join(
+        "Of ", value_only(read(report, "curation", "requested"), f.count), " answers the student could learn from ",
+        value_only(read(report, "curation", "accepted"), f.count), ". curation.jsonl has each of the others, with what shows why.",
+    )  # fmt: skip
+    return section(
+        "curation",
+        "What was left out, and why",
+        lead(words),
+        table("Answers by step", ["Step", "Before", "Left out, of those before", "After"], rows, class_="numbers"),
+        *[_hits(split) for split in node.get("splits") or []],
+        _replaced(node.get("redaction")),
+    )
+
+
+def _step_name(name: str) -> Html:
+    title, explained = _GATES.get(name, (name.replace("-", " ").capitalize(), ""))
+    return join(el("bdi", title), el("span", explained, class_="why") if explained else None)
+
+
+def _dropped(step: Mapping[str, Any]) -> Child:
+    """Each reason with its count and its share."""
+    parts = []
+    for reason, count in (step.get("left_out") or {}).items():
+        share = read(step.get("shares") or {}, reason)
+        parts.append(el("div", _number(count), " ", el("bdi", str(reason).replace("-", " ")), " (", value_only(share, f.percent), ")"))
+    return join(*parts) if parts else "0"
+
+
+def _hits(split: Mapping[str, Any]) -> Html:
+    """How many evaluation items stood in answers, and what could not be looked for."""
+    most = ", ".join(f"{item} in {count:,}" for item, count in (split.get("most_often") or {}).items())
+    return el(
+        "p",
+        "Of ", value_only(read(split, "items"), f.count), " items of ", el("bdi", str(split.get("split"))), ", ",
+        value_only(read(split, "hit"), f.count), " stood in answers that were left out for it. ",
+        value_only(read(split, "by_overlap"), f.count), " items would be found by their words wherever they stood, ",
+        value_only(read(split, "by_prompt_alone"), f.count), " by their whole prompt alone.",
+        join(" Most often: ", el("bdi", most), ".") if most else None,
+    )  # fmt: skip
+
+
+def _replaced(node: Mapping[str, Any] | None) -> Html | None:
+    """What was taken out of the texts before anything was sent."""
+    if not node:
+        return None
+    title = el("h3", "What the endpoint did not see")
+    if node.get("mode") == "off":
+        return join(title, el("p", "Redaction was off: the endpoint saw every text as it is."))
+    kinds: Mapping[str, Any] = node.get("kinds") or {}
+    rows: list[list[Child]] = [
+        [el("bdi", kind), *(shown(read(found, key), f.count) for key in ("places", "distinct", "texts"))] for kind, found in kinds.items()
+    ]
+    then = {"restored": "The student learned from the texts with their secrets in them.", "placeholders": "Nobody else saw them: neither the student nor this report."}  # fmt: skip
+    words = join(
+        "In ", value_only(read(node, "texts"), f.count), " texts, what looks like a secret was replaced. ", then.get(str(node.get("mode"))), " ",
+        value_only(read(node, "placeholders_unknown"), f.count), " placeholders stand in an answer and not in its prompt.",
+    )  # fmt: skip
+    found = (
+        table("Replaced, by kind", ["Kind", "Places", "Different ones", "Texts"], rows, class_="numbers") if rows else el("p", "Nothing was found.")
+    )
+    return join(title, el("p", words), found)
 
 
 def _number(value: Any) -> Html:
     return el("data", f"{value:,}" if isinstance(value, int) else "not recorded", value=str(value))
 
 
+def _sum(counts: Any) -> int:
+    return sum(counts.values()) if isinstance(counts, Mapping) else 0
+
+
+def _reasons(counts: Any) -> list[str]:
+    return [f"{count:,} {str(reason).replace('-', ' ')}" for reason, count in counts.items()] if isinstance(counts, Mapping) else []
+
+
+def _in_brackets(counts: Any) -> list[Child]:
+    reasons = _reasons(counts)
+    return [" (", el("bdi", ", ".join(reasons)), ")"] if reasons else []
+
+
 def _by_reason(counts: Any) -> Child:
-    if not isinstance(counts, Mapping) or not counts:
-        return "0"
-    return el("bdi", ", ".join(f"{count} {str(reason).replace('-', ' ')}" for reason, count in counts.items()))
+    """A line for each reason."""
+    return join(el("div", el("bdi", reason)) for reason in _reasons(counts)) if counts else "0"
 
 
 def _stage_rows(report: Node) -> list[list[Child]]:

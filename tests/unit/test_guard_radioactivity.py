@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import hmac
 import json
 import math
 from collections.abc import Sequence
@@ -241,6 +243,25 @@ def test_a_bundle_with_it_is_verified_and_one_with_another_key_is_not(tmp_path: 
     assert "has not been calibrated" in json.dumps(results)
     with pytest.raises(GuardError, match="not those that were committed to"):
         evidence.write(tmp_path / "other", sealed, {"copied": Submission(opening=live_key(1, 9).opening(), data=data)})
+
+
+def test_the_keys_are_those_that_the_reference_says_how_to_derive() -> None:
+    """docs/reference/evidence.md, written out with nothing of the guard's own."""
+
+    def hkdf(secret: bytes, information: bytes) -> bytes:
+        return hmac.digest(hmac.digest(bytes(32), secret, "sha256"), information + b"\x01", "sha256")
+
+    def derived(secret: bytes, names: str) -> bytes:
+        return hkdf(secret, b"stillroom guard subkey 1\n" + names.encode())
+
+    one, secret = live_key(0, 9), key(0).secret
+    nonce = hkdf(secret, b"stillroom guard decoys 1\n")
+    inner = hashlib.sha256(b"stillroom guard key 1\n" + nonce + secret).hexdigest()
+    assert one.commitment == hashlib.sha256(f'{{"decoys":9,"secret":"{inner}"}}'.encode()).hexdigest()
+    place = int.from_bytes(derived(secret, '[{"name":"place"}]'), "big") % 10
+    keys = [derived(secret, f'[{{"name":"key"}},"{number}"]') for number in range(10)]
+    assert one.live.secret == keys[place]
+    assert [some.secret for some in one.others] == keys[:place] + keys[place + 1 :]
 
 
 def test_an_audit_of_a_calibration_is_the_test_with_another_key() -> None:

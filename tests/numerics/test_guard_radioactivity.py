@@ -54,6 +54,9 @@ def test_p1_a_pair_that_is_counted_twice_accuses_the_innocent(scheme: Scheme) ->
     assert not more_than_chance(rejections(ours), 200, ALPHA)
 
 
+TABLE = (np.random.default_rng(0).permutation(65_536) < 0.5026 * 65_536).astype(np.uint8)
+
+
 @dataclass(frozen=True, kw_only=True)
 class FromTable(Tournament):
     """A tournament whose coins come from one table of 65,536, which the key only points into. The table's mean is 0.5026, as that of one of six tables
@@ -62,11 +65,9 @@ class FromTable(Tournament):
     layers: int = 30
 
     def scores(self, key: Key, windows_NK: prf.Ids, tokens_N: prf.Ids) -> np.ndarray:
-        table = np.zeros(65_536, np.uint8)
-        table[np.random.default_rng(0).permutation(65_536)[: round(0.5026 * 65_536)]] = 1
         words = prf.keyed(key, self.name, windows_NK, tokens_N)
         steps = np.arange(1, 2 * self.layers, 2, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        return sum((table[(words * step) >> np.uint64(48)] for step in steps), start=np.zeros(len(words), np.int64)).astype(np.float64)
+        return sum((TABLE[(words * step) >> np.uint64(48)] for step in steps), start=np.zeros(len(words)))
 
 
 def test_p2_a_table_in_place_of_the_keyed_function_accuses_the_innocent_and_decoys_do_not() -> None:

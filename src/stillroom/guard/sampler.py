@@ -144,8 +144,8 @@ class KeyedSampler:
             return ids_BM, logits_BM, numpy.ones(ids_BM.shape, numpy.bool_)
         log_mass_B = _log_mass(real_BS, self.temperature)
         kept_BM = self._in_nucleus(logits_BM, log_mass_B)
-        if kept_BM[:, -1].any() and ids_BM.shape[1] < size:  # the nucleus may reach beyond the candidates
-            ids_BM, logits_BM = _largest(real_BS, size)
+        while kept_BM[:, -1].any() and ids_BM.shape[1] < size:  # the nucleus may reach beyond them
+            ids_BM, logits_BM = _largest(real_BS, min(16 * ids_BM.shape[1], size))
             kept_BM = self._in_nucleus(logits_BM, log_mass_B)
         return ids_BM, logits_BM, kept_BM
 

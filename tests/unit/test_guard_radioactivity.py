@@ -22,10 +22,11 @@ from stillroom.guard.decoys import DISAGREEMENT, LiveKey, disagrees, rank_p
 from stillroom.guard.detector import Plan
 from stillroom.guard.evidence import RECOMPUTED, Submission
 from stillroom.guard.gumbel import GumbelMax
-from stillroom.guard.radioactivity import TEST, Mode, NullRadioactivity, Radioactivity, commitments, recompute
+from stillroom.guard.radioactivity import TEST, Mode, NullRadioactivity, Radioactivity, commitments, mean_score_that_rejects, recompute
 from stillroom.guard.red_green import RedGreen
 from stillroom.guard.registration import Registration
 from stillroom.guard.schemes import Scheme
+from stillroom.guard.tournament import Tournament
 from stillroom.guard.windows import NO_TOKEN, READ_BEFORE, SCORED_BEFORE, SHORT, Answer, Reading, WindowSet
 
 SIZE = 50
@@ -116,6 +117,28 @@ def test_the_finding_is_the_law_and_the_rank_of_the_scores() -> None:
     assert sum(found.left_out.values()) + found.scored == 240
     alone = detector(key=live_key(0, 0))
     assert alone.test(alone.plan(alpha=0.01), answers()).rank_p is None
+
+
+@pytest.mark.parametrize("scheme", [RedGreen(window=1), GumbelMax(window=1), Tournament(window=1)], ids=lambda scheme: scheme.name)
+def test_a_finding_says_what_would_have_been_rejected(scheme: Scheme) -> None:
+    """Pitfall P13: a negative clears nobody, and says what it could have seen."""
+    means = []
+    for pairs in (20, 500, 100_000):
+        mean = mean_score_that_rejects(scheme, pairs, 0.01)
+        assert mean is not None
+        total, unit = mean * pairs, 1 / 1024 if isinstance(scheme, GumbelMax) else 1.0
+        assert scheme.log_p(total, pairs) <= math.log(0.01) < scheme.log_p(total - unit, pairs)
+        means.append(mean)
+    assert means == sorted(means, reverse=True)
+    assert means[-1] < 1.02 * scheme.mean
+    mine = detector(scheme=scheme)
+    found = mine.test(mine.plan(alpha=0.01), answers())
+    assert found.details["mean_score_that_rejects"] == mean_score_that_rejects(scheme, found.scored, 0.01)
+
+
+def test_of_few_pairs_no_score_may_be_enough() -> None:
+    assert mean_score_that_rejects(RedGreen(window=1), 3, 0.01) is None  # even three of three: 1/64
+    assert mean_score_that_rejects(RedGreen(window=1), 4, 0.01) == 1.0
 
 
 @pytest.mark.parametrize("mode", ["closed", "open"])

@@ -6,6 +6,7 @@ and the same p always give the same token, which is what the sampler's rule of r
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -53,6 +54,11 @@ class GumbelMax:
     def mean(self) -> float:
         """Of one score, under the null."""
         return 1.0
+
+    @property
+    def most(self) -> float:
+        """The largest score."""
+        return -math.log(2.0**-53)
 
     def as_json(self) -> Json:
         return {"scheme": self.name, "window": self.window}

@@ -10,6 +10,7 @@ key among its decoys, which needs no law. Where the two cannot both be right the
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -93,6 +94,7 @@ class Radioactivity:
         details: Json = {
             "mean_score": total / len(pairs),
             "mean_score_under_null": self.scheme.mean,
+            "mean_score_that_rejects": mean_score_that_rejects(self.scheme, len(pairs), plan.alpha),
             "scored_share": len(pairs) / (len(pairs) + sum(pairs.left_out.values())),
         }
         rank_p = alarm = None
@@ -139,6 +141,21 @@ class Radioactivity:
                 if getattr(mine, name) != getattr(plan, name)
             ]
             raise _other_plan(f"a plan with other {' and '.join(differ)}")
+
+
+def mean_score_that_rejects(scheme: Scheme, pairs: int, alpha: float) -> float | None:
+    """The least mean score of so many pairs that has p <= alpha (of Gumbel-max: the sum to 1/1024); None where even the largest has not.
+
+    It says what a test that did not reject could have seen: the more pairs, the nearer to the null's mean.
+    """
+    per_unit = 1024 if isinstance(scheme, GumbelMax) else 1
+    fails, rejects = 0, math.floor(scheme.most * pairs * per_unit)
+    if scheme.log_p(rejects / per_unit, pairs) > math.log(alpha):
+        return None
+    while rejects - fails > 1:
+        middle = (fails + rejects) // 2
+        fails, rejects = (fails, middle) if scheme.log_p(middle / per_unit, pairs) <= math.log(alpha) else (middle, rejects)
+    return rejects / per_unit / pairs
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,6 +51,11 @@ class RedGreen:
         """Of one score, under the null."""
         return self.gamma
 
+    @property
+    def most(self) -> float:
+        """The largest score."""
+        return 1.0
+
     def as_json(self) -> Json:
         return {"scheme": self.name, "window": self.window, "gamma": self.gamma, "delta": self.delta}
 

@@ -92,7 +92,7 @@ class KeyedSampler:
 
     def for_request(self, name: str) -> KeyedSampler:
         """The sampler for all tokens of the request that has this name: one that watermarks, or one that does not, as the key says."""
-        return replace(self, share=float(self._is_chosen(b"name\n" + name.encode())))
+        return replace(self, share=float(self._is_chosen(b"name\n" + name.encode("utf-8", "surrogatepass"))))
 
     def survey(self, context_BT: Array, logits_BV: Array) -> Survey:
         """What the sampler can do with these rows: how many it would watermark, why not the others, and how much there is to choose. Changes nothing."""

@@ -1,7 +1,7 @@
 """The schemes that a sampler writes with and a detector scores: a closed union.
 
-Each has one method that writes and one that scores, over the same keyed function of (key, window, token); the law of its scores under the null; and
-`mean`, what one score is on average there.
+Each has one method that writes and one that scores, over the same keyed function of (key, window, token); the law of its scores under the null;
+`mean`, what one score is on average there, and `most`, the largest.
 """
 
 from __future__ import annotations

@@ -61,6 +61,11 @@ class Tournament:
         """Of one score, under the null."""
         return self.layers / 2.0
 
+    @property
+    def most(self) -> float:
+        """The largest score."""
+        return float(self.layers)
+
     def as_json(self) -> Json:
         return {"scheme": self.name, "window": self.window, "layers": self.layers}
 

@@ -42,12 +42,13 @@ def main() -> None:
     arguments = parser(__doc__ or "")
     arguments.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments.add_argument("--keep", type=Path, help="where to keep the run directories; by default they are removed")
+    arguments.add_argument("--caveat", action="append", default=[], help="what else is to be known of these runs")
     given = arguments.parse_args()
     with tempfile.TemporaryDirectory(prefix="stillroom-bench-") as temporary:
         results = [_one(seed, given.keep or Path(temporary)) for seed in given.seeds]
     server = {name: metadata.version(name) for name in ("xllamacpp", "gguf")}
     data = {"server": server, "seeds": results, "holds": [_holds(result) for result in results]}
-    finish("demo_api", data, caveats=CAVEATS, as_json=given.json)
+    finish("demo_api", data, caveats=(*given.caveat, *CAVEATS), as_json=given.json)
 
 
 def _one(seed: int, work: Path) -> dict[str, Any]:

@@ -163,6 +163,18 @@ def test_the_guide_to_probing_can_be_followed(tmp_path: Path, monkeypatch: pytes
     _perform(DOCS / "guides" / "probe-an-endpoint.md", tmp_path)
 
 
+def test_the_guide_to_costs_can_be_followed_and_its_run_is_as_documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every key of requests.json is named in run-directory.md, as all others are."""
+    monkeypatch.setenv("STILLROOM_TERMS", str(tmp_path / "terms"))
+    _perform(DOCS / "guides" / "costs-and-caps.md", tmp_path)
+    undocumented = _undocumented(tmp_path / "run")
+    assert not undocumented, "\n".join(undocumented)
+
+
+def test_the_guide_to_several_machines_can_be_followed(tmp_path: Path) -> None:
+    _perform(DOCS / "guides" / "collect-on-several-machines.md", tmp_path)
+
+
 def test_the_guide_to_distilling_from_an_api_can_be_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STILLROOM_TERMS", str(tmp_path / "terms"))
     _perform(DOCS / "guides" / "distil-from-an-api.md", tmp_path)

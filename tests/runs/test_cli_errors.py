@@ -192,9 +192,13 @@ def test_a_teacher_that_finishes_no_answer(case: Case) -> None:
     case.refused("transfer-set-empty", says=("max_new_tokens",))
 
 
-def test_evaluation_items_without_answers(case: Case) -> None:
-    case.tree["evaluation"] = {"path": case.tree["prompts"]["path"]}
-    case.refused("items-invalid")
+@pytest.mark.parametrize("kind", ["path", "label_only"])
+def test_items_without_answers_are_refused_by_the_plan(case: Case, kind: str) -> None:
+    path = str(write_rows(case.folder / "unanswered.jsonl", [{"prompt": f"the {number}th of May"} for number in range(6)]))
+    case.tree["evaluation"][kind] = path if kind == "path" else {"path": path}
+    case.recipe.write_text(yaml.safe_dump(case.tree), encoding="utf-8")
+    found, text = case.stillroom("plan", str(case.recipe))
+    assert_error(found, text, "items-invalid", says=("6 items",))
 
 
 # --- models -----------------------------------------------------------------------------------------------------------------------------------------

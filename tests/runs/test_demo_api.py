@@ -120,3 +120,10 @@ def test_a_port_without_a_server(tmp_path: Path, stillroom: Callable[..., tuple[
     assert code == 2
     assert "--api" in said
     assert not (tmp_path / "run").exists()
+
+
+def test_a_directory_that_cannot_be_made(tmp_path: Path, stillroom: Callable[..., tuple[int, str, str]]) -> None:
+    (tmp_path / "file").touch()
+    code, _, said = stillroom("demo", "--api", "--out", tmp_path / "file" / "run", "--port", 0)
+    assert code == 2
+    assert "--out" in said

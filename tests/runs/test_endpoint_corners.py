@@ -310,6 +310,23 @@ def test_comparing_buys_what_was_not_asked_before(finished: tuple[Running, Path]
     assert server.bill.received == before + 1
 
 
+def test_an_answer_that_did_not_come_is_no_empty_answer(finished: tuple[Running, Path]) -> None:
+    _, directory = finished
+    path = directory / "recipe.json"
+    kept = path.read_text()
+    with fake_endpoint(settings(lies=frozenset({"content-filtered"}))) as refusing:
+        tree = json.loads(kept)
+        tree["teacher"]["endpoint"]["url"] = refusing.base_url
+        tree["collection"] |= {"max_money": None, "prices": None, "max_tokens": 50_000}
+        path.write_text(json.dumps(tree))
+        try:
+            (one,) = compare(Run.open(directory), prompt="half past nine")
+        finally:
+            path.write_text(kept)
+        assert refusing.bill.received == 1
+    assert one.teacher == "(no answer)"
+
+
 def test_publishing_names_the_endpoints_model(finished: tuple[Running, Path], stillroom: Callable[..., tuple[int, str, str]]) -> None:
     server, directory = finished
     before = server.bill.received

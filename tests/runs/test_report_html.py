@@ -289,6 +289,9 @@ def behind_an_endpoint(*, purposes: tuple[str, ...] = ("collect", "evaluate", "c
         "rows": asked, "logprobs_verified": 1_000_000, "logprobs_demoted": {"mass-above-one": 1_234_567}, "spent_tokens": spent,
         "reserved_tokens": spent, "spent_money": {"value": 12.3456789, "unit": "USD", "source": "requests.json, at prices of 2026-11-01"},
         "reserved_money": ABSENT, "cap_tokens": spent, "cap_money": ABSENT, "break_even_calls": ABSENT,
+        "answers_tokens": spent, "answers_money": ABSENT, "projected_tokens": spent | {"low": 120_000_000.0, "high": 130_000_000.0},
+        "projected_money": ABSENT, "pilot_tokens": spent | {"low": 120_000_000.0, "high": 130_000_000.0, "n": 20},
+        "pilot_money": {"value": 12.34, "low": 11.9, "high": 13.1, "n": 20, "unit": "USD", "source": "requests.json"},
     }  # fmt: skip
     return report
 

@@ -968,6 +968,7 @@ def test_conflicts_of_a_merge_are_told_and_change_nothing(tmp_path: Path) -> Non
         assert opened.spend().settled.tokens == 2 * 3 * 8  # both were paid
         opened.counts().require_conserved()
         assert {waiting.row for waiting in opened.pending(9)} == {"r0", "r9"}
+        opened.verify()
 
 
 def test_a_row_that_was_asked_again_elsewhere_is_that_row(tmp_path: Path) -> None:

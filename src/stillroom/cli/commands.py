@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
+import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -49,19 +50,46 @@ def init(out: Path) -> None:
     output().print(f"Wrote {out}. Edit teacher, terms, student and prompts, then: stillroom plan {out}", soft_wrap=True, highlight=False)
 
 
-def plan(recipe: Path, as_json: bool, cards: bool) -> None:
+def plan(recipe: Path, out: Path | None, as_json: bool, cards: bool) -> None:
     """Prints the plan."""
-    found = runs.plan(Recipe.from_yaml(recipe), cards=cards)
+    read = Recipe.from_yaml(recipe)
+    found = runs.plan(read, out=out or _default_out(read), cards=cards)
     if as_json:
         print(json.dumps(found.model_dump(mode="json"), indent=2))
     else:
         output().print(view.plan_page(found))
 
 
+def pilot(recipe: Path, out: Path | None, rows: int, as_json: bool) -> None:
+    """Buys a few answers, and prints what the whole will cost."""
+    read = Recipe.from_yaml(recipe)
+    with view.Screen(errors()) as screen:
+        piloted = runs.pilot(read, out=out or _default_out(read), rows=rows, observer=screen)
+    if as_json:
+        print(json.dumps(piloted.to_json(), indent=2))
+    else:
+        output().print(view.pilot_page(piloted))
+        if not piloted.probed:
+            output().print(view.probe_advice(piloted), soft_wrap=True, highlight=False, markup=False)
+
+
+def _default_out(recipe: Recipe) -> Path:
+    return Path("runs") / recipe.name
+
+
 def stage(recipe: Path, out: Path | None, until: str, needs: str | None = None) -> Run:
     """Takes a run up to a state."""
     found = Recipe.from_yaml(recipe)
-    return runs.run(found, out=out or Path("runs") / found.name, until=until, needs=needs, observer=view.Screen(errors()))
+    return runs.run(found, out=out or _default_out(found), until=until, needs=needs, observer=view.Screen(errors()))
+
+
+def collect_shard(recipe: Path, out: Path, shard: str) -> None:
+    """Buys one machine's part of a collection. Raises typer.BadParameter for a shard that is none."""
+    index, _, count = shard.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+        raise typer.BadParameter(f"{shard!r} is not I/N with 1 <= I <= N, such as 2/4", param_hint="--shard")
+    found = Recipe.from_yaml(recipe)
+    runs.collect_shard(found, out=out, index=int(index) - 1, count=int(count), observer=view.Screen(errors()))
 
 
 def finish(run: Run) -> None:

@@ -77,11 +77,12 @@ def init(out: Annotated[Path, typer.Option("--out", help="Where to write it.")] 
 @app.command()
 def plan(
     recipe: RecipeArgument,
+    out: OutOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print plan.json instead of a page.")] = False,
     cards: Annotated[bool, typer.Option("--cards", help="Say also which graphics cards it would fit on, and how; some seconds more.")] = False,
 ) -> None:
     """Say what would happen: signal and why, vocabularies, memory, time, terms. Makes no request, spends nothing."""
-    commands.plan(recipe, as_json, cards)
+    commands.plan(recipe, out, as_json, cards)
 
 
 @app.command()
@@ -91,9 +92,40 @@ def run(recipe: RecipeArgument, out: OutOption = None) -> None:
 
 
 @app.command()
-def collect(recipe: RecipeArgument, out: StageOutOption) -> None:
+def pilot(
+    recipe: RecipeArgument,
+    out: OutOption = None,
+    rows: Annotated[int, typer.Option("--rows", metavar="N", min=1, help="How many prompts to buy the answers to.")] = 20,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
+) -> None:
+    """Buy a few answers, for the run in --out, and say from them what the whole collection will cost, with an interval."""
+    commands.pilot(recipe, out, rows, as_json)
+
+
+@app.command()
+def collect(
+    recipe: RecipeArgument,
+    out: StageOutOption,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            "--shard", metavar="I/N", help="Only buy what the I-th of N machines is to buy of an endpoint; `stillroom merge` makes one of them."
+        ),
+    ] = None,
+    explain: Annotated[
+        str | None,
+        typer.Option(
+            "--explain", metavar="KEY", help="Ask nobody: say what is known of this call (the beginning of its key will do), and what it differs in."
+        ),
+    ] = None,
+) -> None:
     """Ask the teacher: answers and targets for every prompt."""
-    commands.stage(recipe, out, "collected")
+    if explain is not None:
+        probing.explain(recipe, out, explain)
+    elif shard is None:
+        commands.stage(recipe, out, "collected")
+    else:
+        commands.collect_shard(recipe, out, shard)
 
 
 @app.command()
@@ -246,6 +278,20 @@ def requests(
 ) -> None:
     """Say where the rows of a request store are, what was spent and what is reserved, or why a call is not one that was made before."""
     probing.requests(store, explain, as_json)
+
+
+@app.command()
+def merge(
+    stores: Annotated[
+        list[Path], typer.Argument(metavar="STORE...", help="Request stores (.sqlite) of several machines, each with the files beside it.")
+    ],
+    into: Annotated[
+        Path, typer.Option("--into", metavar="FILE", help="The request store to take them into, such as RUN/requests.sqlite; made if missing.")
+    ],
+) -> None:
+    """Make one request store of those of several machines (`collect --shard`): answers, log-probabilities and accounts, each once."""
+    if not probing.merge(stores, into):
+        raise typer.Exit(2)
 
 
 app.add_typer(terms)

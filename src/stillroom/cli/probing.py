@@ -15,10 +15,13 @@ from rich.table import Table
 from rich.text import Text
 
 from stillroom.cli import view
+from stillroom.collect.machines import merge_stores
 from stillroom.collect.spend import Amount, PriceList, Spend, in_units
 from stillroom.collect.store import Counts, RequestStore
 from stillroom.collect.wire import Endpoint, Route
-from stillroom.core.errors import RequestStoreError
+from stillroom.core.errors import RecipeError, RequestStoreError
+from stillroom.data.words import shortened
+from stillroom.runs.endpoints import store_of
 from stillroom.runs.probing import Probed, Wanted, probe_endpoint, token_index
 from stillroom.runs.recipe import Recipe, TermsSection
 
@@ -81,6 +84,42 @@ def requests(path: Path, explain: str | None, as_json: bool) -> None:
         print(json.dumps({"rows": asdict(counts), "spend": _spend_json(spend)}, indent=2))
     else:
         Console().print(requests_page(counts, spend))
+
+
+def explain(recipe: Path, out: Path, key: str) -> None:
+    """Prints what is known of a call of a run; asks nobody. Raises RecipeError for a teacher that is not asked, RequestStoreError where there is no store."""
+    read = Recipe.from_yaml(recipe)
+    place = store_of(read, out)
+    if read.teacher.endpoint is None or place is None:
+        raise RecipeError(
+            "recipe-invalid",
+            found=f"--explain, and a teacher in {recipe} whose weights are here",
+            expected="teacher.endpoint",
+            do="Leave --explain out: such a teacher makes no calls.",
+        )
+    requests(place, key, as_json=False)
+
+
+def merge(stores: list[Path], into: Path) -> bool:
+    """Merges, and prints what was new and the account; whether no answers differed."""
+    merged = merge_stores(stores, into)
+    with RequestStore.open(into, read_only=True) as store:
+        counts, spend = store.counts(), store.spend()
+    console = Console()
+    new = f"{merged.rows:,} rows, {merged.answers:,} answers, {merged.attempts:,} attempts and {len(merged.shards):,} files of log-probabilities are new"
+    console.print(f"{into}: {new}", soft_wrap=True, highlight=False, markup=False)
+    console.print(requests_page(counts, spend))
+    if merged.conflicts:
+        first = merged.conflicts[0]
+        error = RequestStoreError(
+            "request-stores-differ",
+            found=f"{len(merged.conflicts):,} differences; the first is of the {first.what} to {first.of}: {shortened(first.here, 80)!r} here, {shortened(first.there, 80)!r} there",
+            expected="machines that bought different calls",
+            why=f"{into} has everything else of these stores, keeps its own where they differ, and counts what both paid",
+            do="Go on with it; or give each machine a range of its own (--shard I/N) in new stores.",
+        )
+        Console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+    return not merged.conflicts
 
 
 def _explain(store: RequestStore, key: str, as_json: bool) -> None:
@@ -146,9 +185,11 @@ def requests_page(counts: Counts, spend: Spend) -> RenderableType:
         "reserved", f"{_amount(spend.reserved, spend)}; of {spend.attempts:,} attempts, {spend.unknown:,} may have been billed without our knowing"
     )
     account.add_row("cap", _cap(spend))
-    if spend.projected_tokens is not None and counts.pending:
-        projected = spend.projected_tokens
-        account.add_row("projected", f"{projected.value:,.0f} tokens more ({projected.low:,.0f} to {projected.high:,.0f}, n = {projected.n:,})")
+    if spend.projected_tokens is not None and counts.pending > counts.answered:
+        projected, money = spend.projected_tokens, spend.projected_money
+        more = "" if money is None else f", {money.value:.4g} {spend.currency} ({money.low:.4g} to {money.high:.4g})"
+        told = f"{projected.value:,.0f} tokens more ({projected.low:,.0f} to {projected.high:,.0f}){more}, for rows that wait"
+        account.add_row("projected", f"{told}; by {projected.n:,} answers")
     if spend.overruns:
         account.add_row("overruns", f"{spend.overruns:,} attempts cost more than their worst case")
     return Group(rows, Text(""), account)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from types import TracebackType
 
@@ -11,8 +12,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
-from stillroom.runs import Comparison, Plan
-from stillroom.runs.plan import CardFit, ModelFacts, RedactionFacts, Terms
+from stillroom.collect.spend import Spend, in_units
+from stillroom.runs import Comparison, Piloted, Plan
+from stillroom.runs.plan import CardFit, CollectionFacts, ModelFacts, RedactionFacts, Terms
+from stillroom.runs.projection import Pilot, caps_needed
 from stillroom.runs.report import Absent, Collection, Maybe, Number, Report
 
 _MODELS = (("teacher", "teacher"), ("student", "student"), ("label_only", "label-only"), ("student_before", "student before"))
@@ -118,9 +121,11 @@ def plan_page(plan: Plan) -> RenderableType:
         table.add_row("curation", Text(f"{', '.join(plan.curation.steps) or 'no steps'}: {plan.curation.why}"))
     if plan.redaction is not None:
         table.add_row("redaction", Text(_redaction(plan.redaction)))
+    if plan.collection is not None:
+        table.add_row("collection", Text(_asked(plan.collection)))
     table.add_row("objective", f"{plan.objective}; {plan.steps:,} steps, {plan.epochs:.1f} epochs")
     hardware = plan.hardware
-    teacher = "" if hardware.teacher_dtype == hardware.dtype else f" (teacher {hardware.teacher_dtype})"
+    teacher = "" if hardware.teacher_dtype in (None, hardware.dtype) else f" (teacher {hardware.teacher_dtype})"
     packed = f"; sequences of {' and '.join(hardware.packing)} end to end" if hardware.packing else ""
     where = f"{hardware.device}, {hardware.dtype}{teacher}, {hardware.threads} threads"
     table.add_row("hardware", f"{where}, micro-batches of {hardware.micro_batch}{packed}: {hardware.why}")
@@ -138,6 +143,86 @@ def _redaction(found: RedactionFacts) -> str:
         return "off: prompts are sent as they are"
     replaced = ", ".join(f"{one.places:,} {one.kind} in {one.texts:,}" for one in found.kinds) or "nothing was found"
     return f"{found.mode}; in {found.texts:,} texts: {replaced}"
+
+
+def _asked(facts: CollectionFacts) -> str:
+    """What will be asked and what it can cost, what a pilot expects, and the caps."""
+    money = "" if facts.most_money is None else f" ({_money(float(facts.most_money))} {facts.currency})"
+    lines = [f"{facts.prompts:,} prompts and {facts.items:,} evaluation items: at the very most {facts.most_tokens:,} tokens{money}"]
+    if facts.pilot is None:
+        lines.append(f"what it will cost is not known ({facts.no_pilot}): stillroom pilot RECIPE")
+    else:
+        lines.append(f"expected {_expected(facts.pilot)}, by the pilot of {facts.pilot.day} with {facts.pilot.rows:,} prompts")
+    caps = [] if facts.cap_tokens is None else [f"{facts.cap_tokens:,} tokens"]
+    caps += [] if facts.cap_money is None else [f"{facts.cap_money} {facts.currency}"]
+    lines.append(f"cap {' and '.join(caps)}" + ("" if facts.prices_as_of is None else f"; prices of {facts.prices_as_of}"))
+    return "\n".join(lines)
+
+
+def _expected(pilot: Pilot) -> str:
+    """Tokens and money with their 95 % intervals."""
+    tokens, money = pilot.tokens, pilot.money
+    told = f"{tokens.value:,.0f} tokens ({tokens.low:,.0f} to {tokens.high:,.0f})"
+    return told if money is None else f"{told}, {_money(money.value)} {pilot.currency} ({_money(money.low)} to {_money(money.high)})"
+
+
+def _money(amount: float) -> str:
+    """Two decimals, or two significant digits below a unit."""
+    if amount >= 1 or amount == 0:
+        return f"{amount:,.2f}"
+    return f"{amount:.{1 - math.floor(math.log10(amount))}f}"
+
+
+def pilot_page(piloted: Piloted) -> RenderableType:
+    """What a pilot found: what became of its rows, what one takes, what all will cost, and whether the caps hold it."""
+    pilot = piloted.pilot
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row("endpoint", Text(f"{piloted.endpoint.model} at {piloted.endpoint.base_url}, {piloted.endpoint.route} route"))
+    table.add_row("signal", Text(f"{piloted.signal}: {piloted.why}"))
+    table.add_row("rows", Text(_pilot_rows(pilot)))
+    table.add_row("an answer", Text(_pilot_answer(pilot)))
+    table.add_row("the whole", Text(f"{pilot.prompts:,} prompts and {pilot.items:,} evaluation items: {_expected(pilot)}"))
+    enough = "hold the upper end" if piloted.suffices else "may be reached"
+    table.add_row("caps", Text(f"{_caps(piloted.spend)} {enough}; {caps_needed(pilot)} would do", style="" if piloted.suffices else "yellow"))
+    spend, money = piloted.spend, piloted.spend.currency
+    spent, held = (
+        f"{one.tokens:,} tokens" + (f" ({in_units(one.money).normalize():f} {money})" if money else "") for one in (piloted.spent, piloted.reserved)
+    )
+    table.add_row("this pilot", Text(f"{spent} spent, {held} reserved"))
+    table.add_row("store", Text(f"{piloted.store}: {spend.settled.tokens:,} tokens spent, {spend.reserved.tokens:,} reserved in all"))
+    return table
+
+
+def probe_advice(piloted: Piloted) -> str:
+    """What there is to know where nothing was probed."""
+    return (
+        "No probe of this endpoint is kept. With log-probabilities rows may cost more, and are other rows: to have them, probe first:\n"
+        f"stillroom probe {piloted.endpoint.base_url} --model {piloted.endpoint.model} --store {piloted.store}"
+    )
+
+
+def _pilot_rows(pilot: Pilot) -> str:
+    lost = sum(pilot.failed.values()) + sum(pilot.left_out.values())
+    told = [f"{pilot.rows - lost:,} of {pilot.rows:,} fit to learn from"]
+    for name, reasons in (("failed", pilot.failed), ("left out", pilot.left_out), ("log-probabilities not believed", pilot.demoted)):
+        told += [f"{name}: " + ", ".join(f"{reason} {number:,}" for reason, number in reasons.items())] if reasons else []
+    return "; ".join([*told, *([f"{pilot.unknown:,} requests may have been billed without our knowing"] if pilot.unknown else [])])
+
+
+def _pilot_answer(pilot: Pilot) -> str:
+    reasoning = f", {pilot.reasoning_tokens:,.1f} of them reasoning" if pilot.reasoning_tokens else ""
+    told = f"{pilot.prompt_tokens:,.1f} tokens of prompt and {pilot.completion_tokens:,.1f} of answer{reasoning} on average"
+    if pilot.seconds_median is None or pilot.seconds_longest is None:
+        return told
+    pace = "" if pilot.answers_per_second is None else f"; {pilot.answers_per_second:,.1f} answers/s"
+    return f"{told}; {_seconds(pilot.seconds_median)} in the median, {_seconds(pilot.seconds_longest)} at most{pace}"
+
+
+def _caps(spend: Spend) -> str:
+    caps = [] if spend.caps.tokens is None else [f"{spend.caps.tokens:,} tokens"]
+    return " and ".join(caps + ([] if spend.caps.money is None else [f"{in_units(spend.caps.money).normalize():f} {spend.currency}"]))
 
 
 def _model_line(model: ModelFacts) -> str:
@@ -243,7 +328,17 @@ def _collection(collection: Collection) -> RenderableType:
     cap = f" of a cap of {collection.cap_tokens.value:,.0f}" if isinstance(collection.cap_tokens, Number) else ""
     money = "" if isinstance(collection.spent_money, Absent) else f" ({collection.spent_money.value:.6g} {collection.spent_money.unit})"
     account.append(f"{collection.spent_tokens.value:,.0f} tokens spent{money}, {collection.reserved_tokens.value:,.0f} reserved{cap}")
+    if isinstance(collection.pilot_tokens, Number):
+        told = _with_interval(collection.pilot_tokens, lambda tokens: f"{tokens:,.0f}")
+        account.append(f"a pilot had projected {told} tokens for the answers" + _of_answers(collection))
+    if isinstance(collection.break_even_calls, Number):
+        account.append(f"the student has paid for itself after {collection.break_even_calls.value:,.0f} calls")
     return Group(table, *(Text(line) for line in account))
+
+
+def _of_answers(collection: Collection) -> str:
+    answers = collection.answers_tokens
+    return f", which cost {answers.value:,.0f}" if isinstance(answers, Number) else ""
 
 
 def _by_reason(counts: dict[str, int]) -> str:
@@ -298,7 +393,7 @@ def _quantity(number: Maybe) -> str:
         case "bytes":
             return _size(number.value)
         case "seconds":
-            return f"{1000 * number.value:.1f} ms" if number.value < 1 else f"{number.value:.2f} s"
+            return _seconds(number.value)
         case _:
             return _count(number.value)
 
@@ -317,6 +412,10 @@ def _count(count: float) -> str:
             return f"{count:.0f}{unit}" if unit == "" else f"{count:.2f}{unit}"
         count /= 1000
     return f"{count:.2f}T"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{1000 * seconds:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 
 def _duration(seconds: float) -> str:

@@ -35,6 +35,7 @@ _TOGETHER_SECONDS = 0.020
 _WAL_BYTES = 64 << 20
 _CACHE_KIB = 32 << 10
 
+# In tables WITHOUT ROWID the columns of the key come first: SQLite 3.40's integrity check finds NULLs that are not there where they do not.
 SCHEMA = """
 CREATE TABLE facts (kind TEXT NOT NULL, subject TEXT NOT NULL, value TEXT NOT NULL, PRIMARY KEY (kind, subject)) STRICT, WITHOUT ROWID;
 CREATE TABLE endpoints (id INTEGER PRIMARY KEY, identity TEXT NOT NULL UNIQUE, key_variable TEXT, price TEXT REFERENCES prices (id)) STRICT;
@@ -69,7 +70,7 @@ CREATE TABLE attempts (
     request_id TEXT, model TEXT, fingerprint TEXT, provider TEXT, UNIQUE (session, number)
 ) STRICT;
 CREATE INDEX attempts_of_call ON attempts (call);
-CREATE TABLE conflicts (key BLOB NOT NULL, what TEXT NOT NULL, here TEXT NOT NULL, there TEXT NOT NULL, PRIMARY KEY (key, what, there)) STRICT, WITHOUT ROWID;
+CREATE TABLE conflicts (key BLOB NOT NULL, what TEXT NOT NULL, there TEXT NOT NULL, here TEXT NOT NULL, PRIMARY KEY (key, what, there)) STRICT, WITHOUT ROWID;
 """
 
 
@@ -152,6 +153,8 @@ class StoreLock:
 def connect(path: Path, *, read_only: bool) -> sqlite3.Connection:
     """A connection to a request store, which is made where there is none (unless `read_only`). Raises 'request-store-other', and what is above."""
     _require_sqlite(path)
+    if read_only and not os.path.exists(path):
+        raise _other(path, "is not there")
     with errors_reported(path):
         mode = "ro" if read_only else "rwc"
         connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode={mode}", uri=True, isolation_level=None, check_same_thread=False, timeout=10.0)

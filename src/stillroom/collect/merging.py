@@ -61,6 +61,11 @@ def prices(read: Read, db: sqlite3.Connection) -> Merged:
     return Merged()
 
 
+def probes(read: Read, db: sqlite3.Connection) -> None:
+    """What probes found, of endpoints of which this store has nothing of the kind."""
+    db.executemany("INSERT OR IGNORE INTO facts VALUES ('probe', ?, ?)", read("SELECT subject, value FROM facts WHERE kind = 'probe'"))
+
+
 def calls(read: Read, db: sqlite3.Connection) -> Merged:
     """Calls with their bodies, and how they ended."""
     merged = Merged()
@@ -108,7 +113,7 @@ def _said(packed: bytes) -> str:
 
 
 def _conflict(db: sqlite3.Connection, of: bytes, what: str, here: str, there: str) -> Merged:
-    db.execute("INSERT OR IGNORE INTO conflicts VALUES (?, ?, ?, ?)", (of, what, here, there))
+    db.execute("INSERT OR IGNORE INTO conflicts (key, what, here, there) VALUES (?, ?, ?, ?)", (of, what, here, there))
     return Merged(conflicts=(Conflict(of.hex() if what == "answer" else of.decode(), what, here, there),))
 
 

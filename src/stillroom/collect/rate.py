@@ -1,10 +1,13 @@
 """How fast an endpoint may be asked: what it says of its limits, what its refusals show, and no more than that.
 
-One controller stands for one model at one endpoint. Three things hold a call back. **Concurrency** grows by one after a run of clean answers and shrinks
-to three quarters at a refusal that no known rate explains (additive increase, multiplicative decrease). **Buckets**, one of requests and one of tokens,
-let calls go at the rates that the endpoint's headers tell, evenly rather than in bursts; where headers tell nothing, a refusal teaches the rate that was
-reached, and quiet lets it grow again. **Retry-After** is waited for. Of refusals that come together only the first has any effect: those of calls that
-were sent before it say nothing new.
+One controller stands for one model at one endpoint. Three things hold a call back. **Concurrency** doubles with each round of answers until a refusal
+that no known rate explains. **Buckets**, one of requests and one of tokens, let calls go at the rates that the endpoint's headers tell, evenly rather than
+in bursts; where headers tell nothing, the first refusal teaches the rate that was let in. **Retry-After** is waited for. Of refusals that come together
+only the first has any effect: those of calls that were sent before it say nothing new.
+
+What was learnt from refusals is then looked for anew, as CUBIC does (RFC 9438): a refusal lowers what held the call back, a little, or much where it comes
+soon after another; and as long as that alone holds calls back it grows again, fast at first, hardly at all where the limit was, and ever faster beyond it.
+It does so over seconds, or over the time that an answer takes where that is longer.
 
 Pure arithmetic on a clock that is handed in: no waiting, no input or output, nothing random. Seconds, on a clock that never goes back.
 """
@@ -24,13 +27,17 @@ Clock: TypeAlias = Callable[[], float]
 # "refused": a 429. "overloaded": a 503 or 529. "failed": anything else without an answer. "unsent": no connection was made.
 Signal: TypeAlias = Literal["answered", "refused", "overloaded", "failed", "unsent"]
 
-DECREASE = 0.75
+LARGEST_DECREASE = 0.5
+DECREASE = 0.75  # at a first refusal, and where the endpoint is overloaded
+SLIGHT_DECREASE = 0.95  # at another; what it takes off doubles with each that comes soon after one before
 WINDOW_SECONDS = 60.0  # what limits are counted over, unless the headers show a longer one
 BURST_SECONDS = 0.5  # what a bucket saves up at most; endpoints allow no less than a second's worth where they allow bursts at all
-LEARNT_SHARE = 0.95  # of the rate that was reached when a refusal came
-QUIET_SECONDS = 2.0  # without a refusal, before a learnt rate or a trim grows
+LEARNT_SHARE = 0.95  # of the rate that was let in when the first refusal came
+QUIET_SECONDS = 2.0  # without a refusal, before a trim grows
+RETURN_SECONDS = 5.0  # of holding calls back, after which a limit that was lowered slightly is where it was
 FIRST_CONCURRENCY = 4
-_OBSERVED_SECONDS = 3.0
+_SHORTEST_SECONDS, _FEWEST = 0.3, 5  # of time and of calls, over which the rate that is let in can be counted
+_MANY = 8  # calls in flight, of which there are never many fewer or more than the rate makes them: then a refusal shows how many there may be
 _CUSHION_SECONDS = 0.15  # of its rate, that an endpoint is let save up after a refusal: what it allows is then not at its edge
 _LARGEST_WAIT_SECONDS = 3600.0
 _LARGEST_RATE = 1e9
@@ -86,6 +93,30 @@ class _Bucket:
         self.level = min(self.level, rate * self.trim * BURST_SECONDS)
 
 
+class _Learnt:
+    """By what a limit that refusals taught is lowered, and grows again while it holds calls back."""
+
+    def __init__(self) -> None:
+        self.held_seconds = math.inf  # since it was last lowered, during which it alone held calls back
+        self._soon = 0  # how often it was lowered, each time soon after the last
+
+    def lowered(self, return_seconds: float) -> float:
+        """What a refusal leaves of it."""
+        self._soon = self._soon + 1 if self.held_seconds < return_seconds / 2 else 0
+        self.held_seconds = 0.0
+        return max(1 - (1 - SLIGHT_DECREASE) * 2.0**self._soon, LARGEST_DECREASE)
+
+    def grown(self, seconds: float, return_seconds: float) -> float:
+        """By what it grows in some more seconds of holding calls back. Its logarithm is a cubic function of that time, flat where it was before it was
+        lowered slightly.
+        """
+        if math.isinf(self.held_seconds):
+            self.held_seconds = return_seconds  # taken over from a run before: it is where it was
+        begin, end = (held / return_seconds - 1 for held in (self.held_seconds, self.held_seconds + seconds))
+        self.held_seconds += seconds
+        return math.exp(min(-math.log(SLIGHT_DECREASE) * (end**3 - begin**3), 1.0))
+
+
 class RateController:
     """Lets calls go. `start` gives a ticket or the seconds to wait; each ticket is given back by `finish` with what came of it.
 
@@ -100,14 +131,19 @@ class RateController:
         self._requests, self._tokens = _Bucket(), _Bucket()
         self._concurrency = float(min(FIRST_CONCURRENCY, largest_concurrency))
         self._ceiling: float | None = None
-        self._clean = 0
         self._in_flight = 0
+        self._learnt = _Learnt()
+        self._held = False  # whether what refusals taught is all that holds calls back now
+        self._looked_at = -math.inf
+        self._latency_seconds = 0.0  # of answers
         self._streak = 0  # bursts of refusals since the last answer
         self._token_share = 1.0  # what calls used of the most that they could
+        self._shares = 0  # how many answers that is from, up to where it is smoothed
         self._paused_until = -math.inf
         self._cut_at = -math.inf
-        self._grown_at = -math.inf
-        self._finished: deque[float] = deque()  # when answers came
+        self._trimmed_at = -math.inf
+        self._sent: deque[float] = deque()  # when calls were let go, of late
+        self._turned_back: deque[float] = deque()  # when those were let go that were refused
         self.refusals = 0
         if state is not None:
             self._restore(state)
@@ -124,12 +160,16 @@ class RateController:
     def start(self, worst_tokens: int) -> Ticket | float:
         """A ticket for a call that can cost `worst_tokens`, or in how many seconds to ask again; infinity where only an answer can make room."""
         now = self._clock()
-        self._grow_learnt(now)
+        self._grow(now)
         if self._in_flight >= self.concurrency:
+            self._held = True
             return math.inf
-        wait = max(self._paused_until - now, self._requests.wait(now), self._tokens.wait(now))
-        if wait > 0:
+        paused, requests, tokens = self._paused_until - now, self._requests.wait(now), self._tokens.wait(now)
+        if (wait := max(paused, requests, tokens)) > 0:
+            self._held = wait == requests and not self._requests.told
             return wait
+        self._held = False
+        self._sent.append(now)
         expected = worst_tokens * self._token_share
         self._requests.level -= 1
         self._tokens.level -= expected
@@ -141,6 +181,7 @@ class RateController:
     ) -> None:
         """Takes a ticket back. `used_tokens` is what the endpoint counted; `rates` what its headers say."""
         now = self._clock()
+        self._grow(now)
         self._in_flight -= 1
         binding = self._in_flight + 1 >= self.concurrency
         before = self._requests.rate, self._tokens.rate
@@ -154,6 +195,7 @@ class RateController:
                 self._answered(ticket, used_tokens, binding, now)
             case "refused":
                 self.refusals += 1
+                self._turned_back.append(ticket.at)
                 self._tokens.level += ticket.expected_tokens
                 explained = self._refused(ticket, rates, lowered, now)
                 if retry_after_seconds is None and not explained:
@@ -163,7 +205,7 @@ class RateController:
                 if retry_after_seconds is None:
                     self._pause(now)
             case "failed":
-                self._clean = 0
+                pass
             case "unsent":
                 self._tokens.level += ticket.expected_tokens
                 self._requests.level += 1
@@ -174,37 +216,16 @@ class RateController:
 
     def _answered(self, ticket: Ticket, used_tokens: int | None, binding: bool, now: float) -> None:
         self._streak = 0
-        self._finished.append(now)
-        self._forget(now)
+        self._latency_seconds += (_SMOOTHING if self._latency_seconds else 1.0) * (now - ticket.at - self._latency_seconds)
         if used_tokens is not None:
             self._tokens.level += ticket.expected_tokens - used_tokens
             if ticket.worst_tokens > 0:
                 share = min(used_tokens / ticket.worst_tokens, 1.0)
-                self._token_share += _SMOOTHING * (share - self._token_share)
-        if ticket.at < self._cut_at or not binding:
-            return  # sent before the last cut, or less in flight than is allowed: it does not show that there is room for more
-        self._clean += 1
-        if self._clean >= self._run():
-            self._clean = 0
+                self._shares += 1
+                self._token_share += max(_SMOOTHING, 1 / self._shares) * (share - self._token_share)
+        # One that was sent with less in flight than is allowed does not show that there is room for more.
+        if self._ceiling is None and binding:
             self._concurrency = min(self._concurrency + 1, float(self._largest))
-
-    def _run(self) -> float:
-        """After how many clean answers there may be one more in flight: one while no limit was ever met, few well below the last limit
-        or long after it, else a round.
-        """
-        if self._ceiling is None:
-            return 1
-        far = self._concurrency < 0.9 * self._ceiling or self._clock() - self._cut_at > 2 * QUIET_SECONDS
-        return max(1.0, self._concurrency / 8) if far else self._concurrency
-
-    def _forget(self, now: float) -> None:
-        while self._finished and self._finished[0] < now - _OBSERVED_SECONDS:
-            self._finished.popleft()
-
-    def _reached(self, now: float) -> float:
-        """Answers per second, of late."""
-        self._forget(now)
-        return len(self._finished) / max(now - self._finished[0], 1e-3) if self._finished else 0.0
 
     def _told(self, rates: Rates, now: float) -> None:
         for bucket, limit, left, reset in (
@@ -225,20 +246,19 @@ class RateController:
 
     def _refused(self, ticket: Ticket, rates: Rates | None, lowered: bool, now: float) -> bool:
         """Whether the refusal is explained by a told rate, which then holds calls back by itself."""
-        self._clean = 0
         if ticket.at < self._cut_at:
             return True
-        self._cut_at = self._grown_at = now
         short = self._short(ticket, rates)
         for bucket in short:
             bucket.refill(now)
             if not lowered:  # the endpoint counts otherwise than we do
                 bucket.trim = max(bucket.trim * (0.97 if bucket is self._requests else 0.9), 0.05)
             bucket.level = min(bucket.level, -_CUSHION_SECONDS * (bucket.effective or 0.0))
-        if not short and not lowered:
-            self._learn(now)
-            self._cut()
-        return bool(short) or lowered
+        explained = bool(short) or lowered
+        if not explained:
+            self._lower(now, much=self._ceiling is None)
+        self._cut_at = self._trimmed_at = now
+        return explained
 
     def _pause(self, now: float) -> None:
         pause = min(FIRST_PAUSE_SECONDS * 2.0 ** min(self._streak, 16), LARGEST_PAUSE_SECONDS)
@@ -256,40 +276,60 @@ class RateController:
             found.append(self._tokens)
         return found
 
-    def _learn(self, now: float) -> None:
-        """The rate that was reached, where no header tells one."""
-        if self._requests.told or len(self._finished) < 2:
-            return
-        reached, known = self._reached(now), self._requests.rate
-        self._requests.set_rate(max(LEARNT_SHARE * (reached if known is None else min(reached, known)), 1 / WINDOW_SECONDS), now, told=False)
-
     def _overloaded(self, ticket: Ticket, now: float) -> None:
-        self._clean = 0
         if ticket.at >= self._cut_at:
+            self._lower_concurrency(min(self._learnt.lowered(self._return_seconds), DECREASE))
             self._cut_at = now
-            self._cut()
 
-    def _cut(self) -> None:
-        reached = min(self._concurrency, self._in_flight + 1.0)
-        self._ceiling = reached
-        self._concurrency = max(1.0, math.floor(reached * DECREASE))
+    def _lower(self, now: float, *, much: bool) -> None:
+        """Both limits, for nobody says which of them was met: concurrency, and the rate where no header tells one, to no more than was let in of late."""
+        decrease = min(self._learnt.lowered(self._return_seconds), DECREASE if much else 1.0)
+        self._lower_concurrency(decrease)
+        self._lower_rate(now, decrease)
 
-    def _grow_learnt(self, now: float) -> None:
-        """After QUIET_SECONDS without a refusal a learnt rate grows by 2% of itself a second, and faster the longer the quiet; a trim by a
-        thousandth of the told rate.
-        """
-        quiet = now - self._cut_at
-        since = now - max(self._grown_at, self._cut_at + QUIET_SECONDS)
-        if since <= 0 or not math.isfinite(quiet):
+    def _lower_concurrency(self, decrease: float) -> None:
+        reached = self._in_flight + 1.0
+        if self._ceiling is None or reached >= _MANY:
+            self._concurrency = self._ceiling = min(self._concurrency, reached + (0.5 * math.sqrt(reached) if self._ceiling else 0.0))
+        self._concurrency = max(1.0, self._concurrency * decrease)
+
+    def _lower_rate(self, now: float, decrease: float) -> None:
+        bucket = self._requests
+        if bucket.told:
             return
-        self._grown_at = now
-        for bucket in (self._requests, self._tokens):
-            bucket.refill(now)
-            if bucket.rate is None:
-                continue
-            if not bucket.told and self._reached(now) > 0.7 * bucket.rate:  # a rate that is not reached is not what holds calls back
-                bucket.rate *= math.exp(min(0.02 * 2 ** (quiet / 5), 0.3) * since)
-            bucket.trim = min(bucket.trim + 0.001 * since, 1.0)
+        rate = math.inf if bucket.rate is None else bucket.rate * decrease
+        let_in, seconds = len(self._sent) - len(self._turned_back), now - self._sent[0] if self._sent else 0.0
+        if let_in >= _FEWEST and seconds >= _SHORTEST_SECONDS:
+            rate = min(rate, (LEARNT_SHARE if bucket.rate is None else 1.0) * let_in / seconds)
+        if math.isfinite(rate):
+            bucket.set_rate(max(rate, 1 / WINDOW_SECONDS), now, told=False)
+
+    # -- what the time teaches ------------------------------------------------------------------------------------------
+
+    @property
+    def _return_seconds(self) -> float:
+        """No faster than answers come, for some endpoints refuse no sooner than they answer."""
+        return max(RETURN_SECONDS, self._latency_seconds)
+
+    def _grow(self, now: float) -> None:
+        """What has held calls back since the last look grows, and trims do by a thousandth of the told rate a second."""
+        passed, self._looked_at = now - max(self._looked_at, self._cut_at), now
+        if self._held and self._ceiling is not None and 0 < passed < math.inf:
+            growth = self._learnt.grown(passed, self._return_seconds)
+            self._concurrency = min(self._concurrency * growth, float(self._largest))
+            bucket = self._requests
+            if bucket.rate is not None and not bucket.told:
+                bucket.refill(now)
+                bucket.rate = min(bucket.rate * growth, _LARGEST_RATE)
+        since = now - max(self._trimmed_at, self._cut_at + QUIET_SECONDS)
+        if 0 < since < math.inf:
+            self._trimmed_at = now
+            for bucket in (self._requests, self._tokens):
+                bucket.refill(now)
+                bucket.trim = min(bucket.trim + 0.001 * since, 1.0)
+        for times in (self._sent, self._turned_back):
+            while times and times[0] < now - self._return_seconds:
+                times.popleft()
 
     # -- what is kept --------------------------------------------------------------------------------------------------
 

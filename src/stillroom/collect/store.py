@@ -43,7 +43,7 @@ from stillroom.core.identities import Json
 
 T = TypeVar("T")
 CallState: TypeAlias = Literal["pending", "in-flight", "answered", "failed"]
-Fact: TypeAlias = Literal["rates", "probe", "tokenizer"]
+Fact: TypeAlias = Literal["rates", "probe", "pilot", "tokenizer"]
 
 # Refused before anything was done, so that nothing can have been billed.
 REFUSED: frozenset[FailureReason] = frozenset(
@@ -128,6 +128,18 @@ class StoredRow:
     answer: Answer | None
     logprobs: tuple[str, int] | None
     demoted: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """One sending of a call that has ended. `usage` is what was counted, None where nothing was; `held` what stays reserved for it."""
+
+    answered: bool
+    usage: Usage | None
+    held: Amount
+    seconds: float
+    began: float
+    """Seconds since 1970."""
 
 
 @dataclass(slots=True)
@@ -494,8 +506,11 @@ class RequestStore:
 
         return self._run(work)
 
-    def spend(self) -> Spend:
-        """What was spent, what is reserved, and what the calls that wait are expected to cost."""
+    def spend(self, more: int = 0) -> Spend:
+        """What was spent, what is reserved, and what the calls that wait, and `more` that are not there yet, are expected to cost.
+
+        Both are expected to cost what rows' calls did on average: a probe's calls, which no row wants, are no guide.
+        """
         with self._reading, errors_reported(self.path):
             db = self._reader
             totals = _totals(db)
@@ -506,7 +521,9 @@ class RequestStore:
             waiting = db.execute("SELECT count(*) FROM calls WHERE state = 'pending' AND wanted = 1").fetchone()[0]
             step = max(1, attempts // _COSTS_LOOKED_AT)
             costs = db.execute(
-                "SELECT cost_tokens, cost_money FROM attempts WHERE state = 'settled' AND reason IS NULL AND id % ? = 0", (step,)
+                "SELECT a.cost_tokens, a.cost_money FROM attempts a JOIN calls c ON c.id = a.call"
+                " WHERE a.state = 'settled' AND a.reason IS NULL AND a.id % ? = 0 AND c.wanted = 1",
+                (step,),
             ).fetchall()
         currencies = {price.currency for price in self._prices.values() if price is not None}
         return Spend(
@@ -517,9 +534,16 @@ class RequestStore:
             attempts=attempts,
             unknown=unknown,
             overruns=overruns,
-            projected_tokens=projected([tokens for tokens, _ in costs], waiting),
-            projected_money=projected([money / 1e12 for _, money in costs], waiting) if currencies else None,
+            projected_tokens=projected([tokens for tokens, _ in costs], waiting + more),
+            projected_money=projected([money / 1e12 for _, money in costs], waiting + more) if currencies else None,
         )
+
+    def spent_on_rows(self) -> Amount:
+        """What of it was spent on calls that rows want, and not on a probe's."""
+        found = self._rows_of(
+            "SELECT coalesce(sum(a.cost_tokens), 0), coalesce(sum(a.cost_money), 0) FROM attempts a JOIN calls c ON c.id = a.call WHERE c.wanted = 1"
+        )
+        return Amount(*found[0])
 
     # -- rows -------------------------------------------------------------------------------------------------------------------
 
@@ -664,6 +688,24 @@ class RequestStore:
         if raw is not None:
             self._inflate(raw)
 
+    def attempts(self, key: str) -> list[Attempt]:
+        """How a call was sent, in order; without what is under way, and what was certainly never done."""
+        found = self._rows_of(
+            f"SELECT a.state, a.reason, a.reserved_tokens, a.reserved_money, a.began_ms, a.ended_ms, {', '.join(f'a.{name}' for name in _USAGE)}"
+            " FROM attempts a JOIN calls c ON c.id = a.call WHERE c.key = ? AND a.state IN ('settled', 'unanswered', 'unmetered') ORDER BY a.id",
+            (bytes.fromhex(key),),
+        )
+        return [
+            Attempt(
+                answered=state != "unanswered" and reason is None,
+                usage=Usage(**dict(zip(_USAGE, counts, strict=True))) if state == "settled" else None,
+                held=Amount() if state == "settled" else Amount(tokens, money),
+                seconds=(ended - began) / 1000,
+                began=began / 1000,
+            )
+            for state, reason, tokens, money, began, ended, *counts in found
+        ]
+
     # -- log-probabilities ------------------------------------------------------------------------------------------------------
 
     def unshelved(self, limit: int) -> list[tuple[str, bytes]]:
@@ -725,7 +767,7 @@ class RequestStore:
     # -- facts ------------------------------------------------------------------------------------------------------------------
 
     def remember(self, kind: Fact, endpoint: Endpoint, value: Json) -> None:
-        """Keeps what was learnt of an endpoint (its rates, what a probe found, which tokenizer its ids are of) in the place of what was kept before."""
+        """Keeps what was learnt of an endpoint (its rates, what a probe or a pilot found, which tokenizer its ids are of) in the place of what was kept."""
         self._run(lambda db: _keep_fact(db, kind, _identity(endpoint), value))
 
     def recall(self, kind: Fact, endpoint: Endpoint) -> Json | None:
@@ -740,13 +782,24 @@ class RequestStore:
 
         Where both have an answer to a call and they differ, or both decided about a row and not the same, this store's stays and the conflict is told
         (and kept). Shards of log-probabilities are files beside a store, which whoever merges copies: `Merged.shards` names them. The spend is the
-        sum, the caps are this store's.
+        sum, the caps are this store's; what a probe found is taken where this store has nothing of the kind.
         """
         merged = Merged()
         for source in sources:
             with RequestStore.open(source, clock=self._clock) as other:
                 merged = merged + self._merge_one(other)
         return merged
+
+    def asked(self) -> list[Endpoint]:
+        """The endpoints that rows want calls of."""
+        return [
+            self._endpoint_of(identity)
+            for (identity,) in self._rows_of("SELECT identity FROM endpoints WHERE id IN (SELECT endpoint FROM calls WHERE wanted = 1)")
+        ]
+
+    def shards(self) -> list[str]:
+        """The names of the files of log-probabilities that answers are in."""
+        return [name for (name,) in self._rows_of("SELECT DISTINCT shard FROM outcomes WHERE shard IS NOT NULL ORDER BY shard")]
 
     def _merge_one(self, other: RequestStore) -> Merged:
         merged = Merged()
@@ -761,6 +814,7 @@ class RequestStore:
                 except (zlib.error, json.JSONDecodeError) as error:
                     raise _corrupt(other.path, f"or {self.path}: an answer cannot be read: {error}") from error
                 last = taken[-1][0]
+        self._run(partial(merging.probes, other._rows_of))
         self._run(self._recount)
         return merged
 

@@ -79,6 +79,7 @@ CODES: dict[str, str] = {
     "request-store-corrupt": "The request store cannot be read, or does not match itself.",
     "request-store-other": "The file is not a request store that this version can use.",
     "request-store-locked": "Another process is using the request store.",
+    "request-stores-differ": "These request stores cannot be merged, or differ in what was answered.",
     "request-conflict": "A row was requested before with another call.",
     "diverged": "The loss became NaN or infinite.",
     "endpoint-settings": "The settings of the fake endpoint are not what was expected.",

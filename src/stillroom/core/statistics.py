@@ -44,6 +44,51 @@ def mean_interval(values: ArrayLike, *, resamples: int = 2000, seed: int = 0) ->
     return paired_statistic_interval({"values": values}, lambda means: means["values"], resamples=resamples, seed=seed)
 
 
+def predicted_total(
+    values: ArrayLike, more: int, *, least: float = 0.0, most: float = math.inf, resamples: int = 2000, seed: int = 0
+) -> Interval | None:
+    """What `values` (N, drawn at random from all) and `more` items like them come to in all, with the 95 % interval of that total.
+
+    The N are known; the others are predicted by their mean. Their error has two parts, that of the mean and what the others themselves scatter, so that
+    the standard error is more * s * sqrt(1/N + 1/more): for a sample without replacement from a finite population the usual one, with its correction,
+    and 0 where nothing is left. The quantiles are those of the studentised bootstrap (Efron 1982; Hall 1988), which unlike Student's t follow the
+    skew that costs have. `least` and `most` bound the mean of the others (nothing is cheaper than free, or dearer than its worst case): with one or two
+    values that is all that is known. Where all values are equal the interval has no width, and says nothing about how sure one can be.
+
+    None where there are no values, or where the upper end has no bound. ValueError where a value is not finite.
+    """
+    values_N = _as_columns({"values": values})[:, 0]
+    n = len(values_N)
+    if n == 0:
+        return None
+    mean, total = float(values_N.mean()), float(values_N.sum())
+    if more == 0:
+        return Interval(value=total, low=total, high=total, n=n)
+    low, high = _studentised_quantiles(values_N - mean, resamples, seed) if n > 1 else (-math.inf, math.inf)
+    scatter = float(values_N.std(ddof=1)) * math.sqrt(1 / n + 1 / more) if n > 1 else 1.0
+    ends = (mean, mean) if scatter == 0 else (max(least, mean - high * scatter), min(most, mean - low * scatter))
+    # An item may have cost more than the worst case of one attempt: then the mean is its own bound.
+    ends = (min(ends[0], mean), max(ends[1], mean))
+    if not math.isfinite(ends[1]):
+        return None
+    return Interval(value=total + more * mean, low=total + more * ends[0], high=total + more * ends[1], n=n)
+
+
+def _studentised_quantiles(centred_N: Floats, resamples: int, seed: int) -> tuple[float, float]:
+    """Of the mean of a draw over its own standard error; infinite where a draw has no scatter."""
+    n = len(centred_N)
+    moments_R2 = np.concatenate(list(_drawn_means(np.stack([centred_N, centred_N**2], axis=1), resamples, seed)))
+    means_R = moments_R2[:, 0]
+    variances_R = np.maximum(moments_R2[:, 1] - means_R**2, 0.0) * n / (n - 1)
+    flat_R = variances_R <= 1e-12 * float((centred_N**2).mean())
+    with np.errstate(divide="ignore", invalid="ignore"):
+        studentised_R = np.sort(
+            np.where(flat_R, np.where(means_R == 0, 0.0, np.copysign(np.inf, means_R)), math.sqrt(n) * means_R / np.sqrt(variances_R))
+        )
+    beyond = (resamples * _TAIL_PER_MILLE + 999) // 1000 - 1
+    return float(studentised_R[beyond]), float(studentised_R[resamples - 1 - beyond])
+
+
 def paired_statistic_interval(
     columns: Mapping[str, ArrayLike], statistic: Callable[[Means], float | None], *, resamples: int = 2000, seed: int = 0
 ) -> Interval | None:

@@ -45,8 +45,6 @@ def recipe(inputs: Path, seed: int) -> Recipe:
             "student": {"from_scratch": {"layers": 3, "width": 96, "heads": 3, "feed_forward": 320}},
             "prompts": {"path": str(inputs / "prompts.jsonl")},
             "generation": {"max_new_tokens": 24},
-            # Items are held out by the whole expression; its phrases, as "the first day of the second half of", are the task and stand on both sides.
-            "curation": {"steps": []},
             "objective": {"terms": [{"divergence": "forward_kl"}]},
             "training": {
                 "steps": _STEPS,

@@ -48,9 +48,10 @@ def run_api(out: Path, seed: int, *, port: int | None, observer: Observer) -> Ru
     if STATES.index(found.state) >= STATES.index("evaluated"):
         return run(recipe, out=out, observer=observer)
     serving.require_free(port)
-    demo.prepare(out, seed)
     written = yaml.safe_dump(recipe.model_dump(mode="json", exclude_unset=True), sort_keys=False, allow_unicode=True, width=150)
-    durable.write_bytes_atomic(inputs / "recipe.yaml", written.encode())
+    with durable.unwritable_reported(out, "--out"):
+        demo.prepare(out, seed)
+        durable.write_bytes_atomic(inputs / "recipe.yaml", written.encode())
     return _with_server(recipe, out, observer)
 
 

@@ -1,8 +1,8 @@
 """What a run asks of an endpoint, for collecting, evaluating and comparing alike: one store, one account, one loop; nothing is bought twice.
 
-A row is named by its purpose, its prompt as it is sent, and its call, so that what is asked again is known again, and another setting is another row. Log-probabilities
-that passed verification are in Parquet files beside the store, which name their answers, and are read from there alone: what a run learns from is the
-same whether it was interrupted or not.
+A row is named by its purpose, its prompt as it is sent, and its call, so that what is asked again is known again, and another setting is another row.
+Log-probabilities that passed verification are in Parquet files beside the store, which name their answers, and are read from there alone: what a run learns
+from is the same whether it was interrupted or not.
 """
 
 from __future__ import annotations
@@ -14,21 +14,25 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypedDict
 
 import numpy
 
 from stillroom.collect.collector import Collector, Policy, Progress, Reader
 from stillroom.collect.logprobs import TokenIndex, Verified, read, top_k_targets, write_shard
+from stillroom.collect.machines import logprobs_directory
 from stillroom.collect.packing import unpack
 from stillroom.collect.rate import RateController
 from stillroom.collect.spend import in_units
 from stillroom.collect.store import RequestStore, Row, StoredRow
+from stillroom.collect.store import shard as rows_of_shard
 from stillroom.collect.transport import open_transport
 from stillroom.collect.wire import Answer, Call
 from stillroom.core import durable
 from stillroom.core.errors import RequestStoreError, SpendCapReached
 from stillroom.core.identities import TokenIds, TokenSequence
 from stillroom.core.interrupts import StopRequest
+from stillroom.core.statistics import Interval
 from stillroom.data import Prompt
 from stillroom.ledger.entries import Response
 from stillroom.models.local import text_targets
@@ -37,7 +41,8 @@ from stillroom.runs.collecting import Answered, given_answer
 from stillroom.runs.directory import Run
 from stillroom.runs.endpoints import EndpointTeacher, obtainable
 from stillroom.runs.observer import Observer
-from stillroom.runs.planning import Prepared, asking_of
+from stillroom.runs.planning import Prepared, asking_of, pilot_of
+from stillroom.runs.projection import Expected
 from stillroom.runs.summaries import Bought, Rows
 from stillroom.targets.kinds import Targets, TopKTargets
 from stillroom.targets.rows import concatenate, slice_targets
@@ -84,15 +89,25 @@ class Purchases:
 
         Raises Interrupted, SpendCapReached, CollectError as the collector does: what was bought is kept, and the same call goes on.
         """
+        return self._buy(self.rows(purpose, prompts, temperature=temperature, top_logprobs=top_logprobs))
+
+    def rows(self, purpose: str, prompts: Sequence[Prompt], *, temperature: float, top_logprobs: int | None = None) -> list[Row]:
+        """What `buy` buys."""
         sent = [self.prepared.inputs.sent(prompt) for prompt in prompts]
-        names, calls = [], [self._asking.call(prompt, temperature=temperature, top_logprobs=top_logprobs) for prompt in sent]
-        for prompt, call in zip(sent, calls, strict=True):
-            names.append(_name(purpose, prompt, call))
-        self.store.request(Row(row=name, prompt=prompt.id, call=call) for name, prompt, call in zip(names, sent, calls, strict=True))
+        calls = [self._asking.call(prompt, temperature=temperature, top_logprobs=top_logprobs) for prompt in sent]
+        return [Row(row=_name(purpose, prompt, call), prompt=prompt.id, call=call) for prompt, call in zip(sent, calls, strict=True)]
+
+    def buy_shard(self, rows: Sequence[Row], index: int, count: int) -> int:
+        """Buys what one of `count` machines is to buy (`index` from 0); returns how many rows those are. Raises as `buy` does."""
+        return len(self._buy(list(rows_of_shard(rows, index, count))))
+
+    def _buy(self, rows: Sequence[Row]) -> list[str]:
+        names = [row.row for row in rows]
+        self.store.request(rows)
         began = time.monotonic()
         if self.store.pending(1):
             try:
-                asyncio.run(self._collect(frozenset(call.key for call in calls)))
+                asyncio.run(self._collect(frozenset(row.call.key for row in rows)))
             except SpendCapReached as error:
                 raise self._cap_reached(error, set(names)) from error
         self.seconds += time.monotonic() - began
@@ -173,7 +188,7 @@ class Purchases:
 
     @property
     def _shards(self) -> Path:
-        return self.store.path.with_name(f"{self.store.path.stem}-logprobs")
+        return logprobs_directory(self.store.path)
 
     async def _shelve_as_they_come(self) -> None:
         while True:
@@ -197,13 +212,15 @@ class Purchases:
         """Rows and spend of the whole store, as they are now."""
         rows: dict[str, list[StoredRow]] = {}
         verified, demoted = 0, Counter[str]()
+        ahead = {row.row for row in self.rows(EVALUATE, self.prepared.inputs.items, temperature=0.0)}
         for row in self.store.rows():
+            ahead.discard(row.row)
             rows.setdefault(row.row.partition("/")[0] if "/" in row.row else "other", []).append(replace(row, answer=None))
             verified += row.logprobs is not None
             if row.demoted is not None:
                 demoted[row.demoted.partition(":")[0]] += 1
         self.store.counts().require_conserved()
-        spend = self.store.spend()
+        spend, answers = self.store.spend(len(ahead)), self.store.spent_on_rows()
         priced = spend.currency is not None
         return Bought(
             rows={purpose: _counted(some) for purpose, some in rows.items()},
@@ -219,6 +236,11 @@ class Purchases:
             cap_tokens=spend.caps.tokens,
             cap_money=None if spend.caps.money is None else f"{in_units(spend.caps.money):f}",
             prices_as_of=None if self.teacher.price is None else self.teacher.price.as_of.isoformat(),
+            answers_tokens=answers.tokens,
+            answers_money=f"{in_units(answers.money):f}" if priced else None,
+            projected_tokens=_expected(spend.projected_tokens),
+            projected_money=_expected(spend.projected_money),
+            pilot=pilot_of(self.prepared)[0],
         )
 
     def write_summary(self, run: Run) -> None:
@@ -241,8 +263,17 @@ def _require_same_tokenizer(store: RequestStore, teacher: EndpointTeacher, vocab
         )
 
 
+def _expected(found: Interval | None) -> Expected | None:
+    return None if found is None else Expected(value=found.value, low=found.low, high=found.high)
+
+
 def _name(purpose: str, prompt: Prompt, call: Call) -> str:
     return f"{purpose}/{prompt.id}/{call.key[:16]}"
+
+
+def _writable(text: str | None) -> str | None:
+    """What an endpoint said beside its answer as a file can hold it: halves of surrogate pairs become question marks."""
+    return None if text is None else text.encode(errors="replace").decode()
 
 
 def _counted(rows: Sequence[StoredRow]) -> Rows:
@@ -272,6 +303,13 @@ def reader_of(prepared: Prepared) -> Reader:
 # -- answers as records ------------------------------------------------------------------------------------------------------------
 
 
+class _How(TypedDict):
+    """How a collection asks: as many alternatives as are kept."""
+
+    temperature: float
+    top_logprobs: int | None
+
+
 @dataclass
 class BoughtAnswers:
     """Answers to prompts, and their targets, from a store: `collecting.Answering` for a teacher behind an endpoint."""
@@ -290,18 +328,29 @@ class BoughtAnswers:
 
     def begin(self, prompts: Sequence[Prompt], missing: int) -> None:
         """Buys every answer that is not there yet; `missing` prompts have no record so far."""
-        recipe = self.prepared.recipe
-        if recipe.prompts.answers == "given":
+        asked = self._asked(prompts)
+        if not asked:
             return
-        asked = [prompt for prompt in prompts if self._fits(self.prepared.renderer.prompt_ids(prompt))]
-        names = self.purchases.buy(
-            COLLECT,
-            asked,
-            temperature=recipe.generation.sampling_temperature,
-            top_logprobs=_asked_logprobs(self.prepared) if self._top_k else None,
-        )
+        names = self.purchases.buy(COLLECT, asked, **self._how)
         self._names = {prompt.id: name for prompt, name in zip(asked, names, strict=True)}
         self._share = self.purchases.seconds / max(1, missing)
+
+    def buy_shard(self, prompts: Sequence[Prompt], index: int, count: int) -> int:
+        """Buys the answers that one of several machines is to buy; returns how many prompts are its."""
+        return self.purchases.buy_shard(self.purchases.rows(COLLECT, self._asked(prompts), **self._how), index, count)
+
+    def _asked(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        asked = [prompt for prompt in prompts if not self.prepared.comes_with_answer(prompt)]
+        return [prompt for prompt in asked if self._fits(self.prepared.renderer.prompt_ids(prompt))]
+
+    @property
+    def _how(self) -> _How:
+        signal = self.prepared.plan.signal
+        return {"temperature": self.prepared.recipe.generation.sampling_temperature, "top_logprobs": signal.k if self._top_k else None}
+
+    def row(self, prompt: Prompt) -> StoredRow | None:
+        """What became of a prompt's row; None where it was too long to be asked."""
+        return self.purchases.row(self._names[prompt.id]) if prompt.id in self._names else None
 
     def seconds_each(self) -> float:
         """The wall time of buying, for each prompt that had no record."""
@@ -312,11 +361,14 @@ class BoughtAnswers:
 
     def answers(self, number: int, prompts: Sequence[Prompt]) -> list[Answered]:
         """What came of each prompt of a part."""
-        if self.prepared.recipe.prompts.answers == "given":
-            return [given_answer(self.prepared, prompt) for prompt in prompts]
         rows = [self.purchases.row(self._names[prompt.id]) for prompt in prompts if prompt.id in self._names] if self._top_k else []
         verified = self.purchases.verified(rows)
-        return [self._answered(prompt, verified.get(self._names.get(prompt.id, ""))) for prompt in prompts]
+        return [
+            given_answer(self.prepared, prompt)
+            if self.prepared.comes_with_answer(prompt)
+            else self._answered(prompt, verified.get(self._names.get(prompt.id, "")))
+            for prompt in prompts
+        ]
 
     def _answered(self, prompt: Prompt, verified: Verified | None) -> Answered:
         renderer = self.prepared.renderer
@@ -332,8 +384,8 @@ class BoughtAnswers:
         nothing = replace(
             nothing,
             answer=learned.text,
-            finish_reason=answer.finish_reason,
-            reasoning=answer.reasoning,
+            finish_reason=_writable(answer.finish_reason),
+            reasoning=_writable(answer.reasoning),
             placeholders_unknown=len(learned.unknown),
         )
         if answer.thinking == "unterminated":
@@ -415,9 +467,9 @@ class BoughtAnswers:
         self.purchases.write_summary(self.run)
 
 
-def _asked_logprobs(prepared: Prepared) -> int:
+def asked_logprobs(prepared: Prepared) -> int | None:
     """How many alternatives to ask for: those that are kept."""
-    return prepared.plan.signal.k
+    return prepared.plan.signal.k if prepared.plan.signal.kind == "top_k" else None
 
 
 def _certain(end: int, beside: TopKTargets) -> TopKTargets:

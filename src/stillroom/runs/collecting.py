@@ -20,6 +20,7 @@ from stillroom.core.identities import Sampling, TokenIds, TokenSequence
 from stillroom.core.interrupts import StopRequest
 from stillroom.core.seeds import derive_seed
 from stillroom.data import Candidate, Curated, Prompt, TransferSet, curate, freeze
+from stillroom.data.curation import Curation
 from stillroom.data.transfer_set import DropReason
 from stillroom.ledger import Access, Circumstances, Collected, Frozen, Ledger, PromptSource
 from stillroom.ledger.entries import Response
@@ -27,7 +28,7 @@ from stillroom.models.loading import teacher_head_arrays
 from stillroom.models.local import LocalTeacher
 from stillroom.models.memory import trim_heap
 from stillroom.objectives.tensors import as_arrays, head_as_arrays
-from stillroom.runs.curating import chosen, curated_lines, write
+from stillroom.runs.curating import Chosen, chosen, curated_lines, write
 from stillroom.runs.directory import Run
 from stillroom.runs.endpoints import access_path
 from stillroom.runs.entitling import digests_of
@@ -48,8 +49,8 @@ _ERROR_ROWS = 256
 class Answered:
     """A prompt and what came of it; no sequence where it was too long to ask, or, with `left_out`, where there is no answer to learn from.
 
-    `targets` are those of the sequence's rows where they came with the answer. `counted` are the tokens of prompt, answer and reasoning as an endpoint
-    counts them, `response` what it said of itself, `finish_reason` and `reasoning` what it said of the answer. `placeholders_unknown` is how many
+    `given` is an answer that came with the prompt. `targets` are those of the sequence's rows where they came with the answer. `counted` are the tokens of
+    prompt, answer and reasoning as an endpoint counts them, `response` what it said of itself, `finish_reason` and `reasoning` what it said of the answer. `placeholders_unknown` is how many
     placeholders stand in the answer and not in its prompt.
     """
 
@@ -60,6 +61,7 @@ class Answered:
     answer_tokens: int = 0
     finished: bool = False
     left_out: DropReason | None = None
+    given: bool = False
     targets: Targets | None = None
     response: Response | None = None
     counted: tuple[int, int, int] | None = None
@@ -175,17 +177,20 @@ class LocalAnswers:
         """Nothing: nobody keeps an account of it."""
 
     def answers(self, number: int, prompts: Sequence[Prompt]) -> list[Answered]:
-        """Those that come with the prompts, or those that the teacher writes, all of a part together."""
-        if self.prepared.recipe.prompts.answers == "given":
-            return [given_answer(self.prepared, prompt) for prompt in prompts]
+        """Those that come with the prompts, and those that the teacher writes, all of a part together."""
         renderer, sampling = self.prepared.renderer, sampling_of(self.prepared)
         sampling = Sampling(max_new_tokens=sampling.max_new_tokens, temperature=sampling.temperature, seed=derive_seed(sampling.seed, "part", number))
-        asked = [renderer.prompt_ids(prompt) for prompt in prompts]
-        fits = [len(ids) + sampling.max_new_tokens <= self.prepared.context_tokens for ids in asked]
-        written = iter(self.teacher.generate([ids for ids, fit in zip(asked, fits, strict=True) if fit], sampling))
+        asked = {prompt.id: renderer.prompt_ids(prompt) for prompt in prompts if not self.prepared.comes_with_answer(prompt)}
+        fitting = [prompt for prompt, ids in asked.items() if len(ids) + sampling.max_new_tokens <= self.prepared.context_tokens]
+        completions = self.teacher.generate([asked[prompt] for prompt in fitting], sampling) if fitting else []
+        written = dict(zip(fitting, completions, strict=True))
         return [
-            self._written(prompt, ids, next(written)) if fit else Answered(prompt=prompt, prompt_tokens=len(ids))
-            for prompt, ids, fit in zip(prompts, asked, fits, strict=True)
+            given_answer(self.prepared, prompt)
+            if prompt.id not in asked
+            else self._written(prompt, asked[prompt.id], written[prompt.id])
+            if prompt.id in written
+            else Answered(prompt=prompt, prompt_tokens=len(asked[prompt.id]))
+            for prompt in prompts
         ]
 
     def _written(self, prompt: Prompt, asked: TokenIds, completion: TokenIds) -> Answered:
@@ -239,12 +244,12 @@ def given_answer(prepared: Prepared, prompt: Prompt) -> Answered:
             "prompts-invalid",
             found=f"a prompt without an answer ({prompt.content[:60]!r}), where prompts.answers is given",
             expected="`answer`, or a conversation that ends with an assistant turn",
-            do="Add the answers, or set prompts.answers to teacher.",
+            do="Add the answers; or set prompts.answers to mixed, so that the teacher is asked for those that are missing, or to teacher.",
         )
     sequence = renderer.sequence(prompt, prompt.answer)
     answer_tokens = len(sequence.scored_rows)
     if len(sequence.ids) > prepared.context_tokens:
-        return Answered(prompt=prompt, prompt_tokens=len(sequence.ids) - answer_tokens, answer_tokens=answer_tokens)
+        return Answered(prompt=prompt, prompt_tokens=len(sequence.ids) - answer_tokens, answer_tokens=answer_tokens, given=True)
     answer = prompt.answer if prompt.answer is not None else (prompt.messages or ())[-1].content
     return Answered(
         prompt=prompt,
@@ -253,6 +258,7 @@ def given_answer(prepared: Prepared, prompt: Prompt) -> Answered:
         answer=answer,
         answer_tokens=answer_tokens,
         finished=True,
+        given=True,
     )
 
 
@@ -307,22 +313,7 @@ class Collector:
         if number == 0 and isinstance(self.answering, LocalAnswers):
             self.answering.measure_codec(self.store, records[:64])
         seconds = (time.monotonic() - began) / len(prompts) + self.answering.seconds_each()
-        return [
-            {
-                "prompt_id": one.prompt.id,
-                "record_id": ids.get(one.prompt.id),
-                "prompt_tokens": one.prompt_tokens,
-                "answer_tokens": one.answer_tokens,
-                "finished": one.finished,
-                "answer": one.answer,
-                "left_out": one.left_out,
-                "finish_reason": one.finish_reason,
-                "reasoning": one.reasoning,
-                "placeholders_unknown": one.placeholders_unknown,
-                "seconds": round(seconds, 6),
-            }
-            for one in answered
-        ]
+        return [line_of(one, ids.get(one.prompt.id), seconds) for one in answered]
 
     # --- ledger and transfer set ------------------------------------------------------------------------------------------------------
 
@@ -373,14 +364,37 @@ class Collector:
 
     def _curate(self, lines: Sequence[dict[str, Any]]) -> Curated:
         """The recipe's steps, then the last gate; what both left out is written down, also where nothing is left."""
-        prepared, context_tokens = self.prepared, self.prepared.context_tokens
+        prepared = self.prepared
         steps = chosen(prepared.recipe, prepared.inputs)
         steps.require_planned(prepared.plan.curation)
-        found = curated_lines(steps.pipeline, lines, prepared.prompts.prompts)
-        reasons = found.reasons
-        curated = curate((_candidate(line, context_tokens, reasons.get(line["prompt_id"])) for line in lines), max_tokens=context_tokens)
+        found, curated = curated_by(steps, prepared, lines)
         write(self.run, steps.pipeline, found, curated, lines, prepared.prompts.prompts)
         return curated
+
+
+def line_of(answered: Answered, record: str | None, seconds: float) -> dict[str, Any]:
+    """A line of collect.jsonl."""
+    return {
+        "prompt_id": answered.prompt.id,
+        "record_id": record,
+        "prompt_tokens": answered.prompt_tokens,
+        "answer_tokens": answered.answer_tokens,
+        "finished": answered.finished,
+        "answer": answered.answer,
+        "left_out": answered.left_out,
+        "given": answered.given,
+        "finish_reason": answered.finish_reason,
+        "reasoning": answered.reasoning,
+        "placeholders_unknown": answered.placeholders_unknown,
+        "seconds": round(seconds, 6),
+    }
+
+
+def curated_by(steps: Chosen, prepared: Prepared, lines: Sequence[dict[str, Any]]) -> tuple[Curation, Curated]:
+    """What the recipe's steps leave of them, and what the last gate does."""
+    context_tokens, found = prepared.context_tokens, curated_lines(steps.pipeline, lines, prepared.prompts.prompts)
+    reasons = found.reasons
+    return found, curate((_candidate(line, context_tokens, reasons.get(line["prompt_id"])) for line in lines), max_tokens=context_tokens)
 
 
 def _candidate(line: dict[str, Any], context_tokens: int, found: DropReason | None) -> Candidate:

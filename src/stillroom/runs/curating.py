@@ -19,6 +19,7 @@ from typing import Any, assert_never
 
 from stillroom.core import durable
 from stillroom.core.errors import DataError
+from stillroom.core.hashing import canonical_json
 from stillroom.data import DROP_REASONS, Curated, Prompt
 from stillroom.data.curation import Curation, Pipeline, Row, Step
 from stillroom.data.decontamination import Decontamination, EvaluationItem, hits_by_item
@@ -148,8 +149,10 @@ def _schema(named: str | dict[str, Any]) -> Any:
     if isinstance(named, dict):
         return named
     try:
-        return json.loads(Path(named).expanduser().read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        tree = json.loads(Path(named).expanduser().read_text(encoding="utf-8"))
+        canonical_json(tree)  # what has no canonical form (NaN, half a surrogate pair) could not be told apart from another
+        return tree
+    except (OSError, TypeError, ValueError, RecursionError) as error:
         found = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise DataError(
             "verifier-invalid",
@@ -190,7 +193,9 @@ def _row(line: Mapping[str, Any], prompt: Prompt) -> Row:
 def write(run: Run, pipeline: Pipeline, curation: Curation, curated: Curated, lines: Sequence[Mapping[str, Any]], prompts: Sequence[Prompt]) -> None:
     """curation.json and curation.jsonl. `curated` is what the last gate made of the lines, with what the steps left out."""
     told = _Told(curation, curated, lines, {prompt.id: prompt for prompt in prompts})
-    durable.write_bytes_atomic(run.left_out_path, "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in told.evidence()).encode())
+    durable.write_bytes_atomic(
+        run.left_out_path, "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in told.evidence()).encode(errors="replace")
+    )
     summary = CurationSummary(
         sha256=pipeline.sha256,
         requested=len(lines),

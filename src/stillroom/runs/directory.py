@@ -28,8 +28,8 @@ from stillroom.runs.summaries import read
 
 STATES = ("new", "planned", "collected", "trained", "evaluated", "reported")
 # What may be in a directory that no run has begun in: a lock, inputs that whoever began it put there, and what a death in the first write left.
-_NOT_OURS = (".lock", "inputs", ".recipe.json.partial")
-# The requests of a run whose teacher is behind an endpoint. A probe may have begun it before the run.
+_NOT_OURS = (".lock", "inputs", ".recipe.json.partial", "requests-logprobs")
+# The requests of a run whose teacher is behind an endpoint. A probe, a pilot or other machines may have begun it before the run.
 REQUESTS = "requests.sqlite"
 _PACKAGES = ("stillroom", "torch", "transformers", "tokenizers", "safetensors", "numpy", "pyarrow", "pydantic")
 

@@ -1,4 +1,6 @@
-"""A teacher behind an endpoint, as a plan knows it: whom to ask, at what price, under which caps, and what a stored probe proved. Makes no request."""
+"""A teacher behind an endpoint, as a plan knows it: whom to ask, at what price, under which caps, what a stored probe proved and what a stored pilot
+projects. Makes no request.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +11,14 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 from stillroom.collect.probe import ProbeReport, Signal, signal
-from stillroom.collect.spend import Caps, Price, PriceList, worst_case
+from stillroom.collect.spend import Caps, Price, PriceList
 from stillroom.collect.store import RequestStore
 from stillroom.collect.wire import Call, Endpoint, Messages, Settings, chat_body, completion_body
 from stillroom.core.errors import DataError, ModelError
 from stillroom.core.identities import ModelRef, TokenIds
 from stillroom.data import Prompt
 from stillroom.runs.directory import REQUESTS
+from stillroom.runs.projection import Pilot, kept_pilot
 from stillroom.runs.recipe import Recipe
 
 
@@ -29,6 +32,7 @@ class EndpointTeacher:
     caps: Caps
     store: Path | None
     probe: ProbeReport | None
+    pilot: Pilot | None
 
     @property
     def source(self) -> str:
@@ -63,6 +67,7 @@ def endpoint_teacher(recipe: Recipe, directory: Path | None) -> EndpointTeacher:
     caps = Caps.of(money=None if section.max_money is None else Decimal(str(section.max_money)), tokens=section.max_tokens)
     caps.require_for(price, endpoint)
     place = store_of(recipe, directory)
+    probe, pilot = _stored(place, endpoint)
     return EndpointTeacher(
         ref=ModelRef(
             source=endpoint.model,
@@ -77,16 +82,18 @@ def endpoint_teacher(recipe: Recipe, directory: Path | None) -> EndpointTeacher:
         price=price,
         caps=caps,
         store=place,
-        probe=_stored_probe(place, endpoint),
+        probe=probe,
+        pilot=pilot,
     )
 
 
-def _stored_probe(place: Path | None, endpoint: Endpoint) -> ProbeReport | None:
+def _stored(place: Path | None, endpoint: Endpoint) -> tuple[ProbeReport | None, Pilot | None]:
+    """What a probe and a pilot found, as far as they were made."""
     if place is None or not place.exists():
-        return None
+        return None, None
     with RequestStore.open(place, read_only=True) as store:
-        found = store.recall("probe", endpoint)
-    return None if found is None else ProbeReport.from_json(found)
+        probe, pilot = store.recall("probe", endpoint), store.recall("pilot", endpoint)
+    return None if probe is None else ProbeReport.from_json(probe), kept_pilot(pilot)
 
 
 # -- what can be had -------------------------------------------------------------------------------------------------------------
@@ -102,7 +109,7 @@ def require_askable(recipe: Recipe) -> None:
             ("targets.live", targets.live),
             ("student.from_teacher", recipe.student.from_teacher is not None),
             ("a term on hidden states", any(term.divergence in ("hidden_cosine", "hidden_mse") for term in recipe.objective.terms)),
-            ("targets.kind: top_k over prompts.answers: given", targets.kind == "top_k" and recipe.prompts.answers == "given"),
+            (f"targets.kind: top_k over prompts.answers: {recipe.prompts.answers}", targets.kind == "top_k" and recipe.prompts.answers != "teacher"),
         )
         if wanted
     ]
@@ -119,8 +126,9 @@ def require_askable(recipe: Recipe) -> None:
 def obtainable(recipe: Recipe, teacher: EndpointTeacher, vocabulary_size: int) -> Signal:
     """The richest targets that this recipe can collect, and why no richer ones."""
     asked, targets = recipe.buying.top_logprobs, recipe.targets
-    if recipe.prompts.answers == "given":
-        return Signal(kind="text", why="the answers are given, and an endpoint has no distributions over them")
+    if recipe.prompts.answers != "teacher":
+        some = "the answers are" if recipe.prompts.answers == "given" else "some answers are"
+        return Signal(kind="text", why=f"{some} given, and an endpoint has no distributions over them")
     if recipe.teacher.tokenizer is None:
         return Signal(kind="text", why="teacher.tokenizer is not given, so that its tokens have no ids")
     if teacher.probe is None and asked == "auto":
@@ -189,11 +197,6 @@ def _messages(prompt: Prompt) -> Messages:
     if prompt.text is not None:
         return [{"role": "user", "content": prompt.text}]
     return [{"role": message.role, "content": message.content} for message in prompt.messages or ()]
-
-
-def most_tokens(asking: Asking, prompts: Sequence[Prompt], price: Price | None) -> int:
-    """The most tokens that asking these prompts once can be charged."""
-    return sum(worst_case(asking.call(prompt, temperature=0.0), price).tokens for prompt in prompts)
 
 
 def access_path(recipe: Recipe) -> Literal["local", "self-hosted", "api"]:

@@ -161,7 +161,7 @@ def decide_recipe(recipe: Recipe, *, today: date | None = None, store: TermsStor
     use = use_of(recipe)
     named = list(_named(recipe))
     verdict = _decide(named, use, catalogue, circumstances, warnings)
-    if recipe.prompts.answers == "given" and recipe.terms.generated_on is None and verdict.allows:
+    if recipe.prompts.answers != "teacher" and recipe.terms.generated_on is None and verdict.allows:
         verdict = _dated(verdict, [one.source for one in named], use, catalogue, circumstances)
     return verdict
 

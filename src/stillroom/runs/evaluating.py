@@ -90,7 +90,7 @@ class Evaluator:
     @cached_property
     def _items(self) -> tuple[Prompt, ...]:
         """What every model is scored on: all items, but those that an endpoint gave no answer to. They are no wrong answers, and requests.json has them."""
-        items = self._all_items
+        items = self.prepared.inputs.items
         if self.purchases is None or not items:
             return items
         return tuple(item for item, text in zip(items, self._bought, strict=True) if text is not None)
@@ -98,7 +98,7 @@ class Evaluator:
     @cached_property
     def _bought(self) -> list[str | None]:
         assert self.purchases is not None
-        texts = self.purchases.texts(EVALUATE, self._all_items)
+        texts = self.purchases.texts(EVALUATE, self.prepared.inputs.items)
         self.purchases.write_summary(self.run)
         missing = texts.count(None)
         if missing == len(texts):
@@ -111,19 +111,6 @@ class Evaluator:
         if missing:
             self.observer.note(f"the endpoint gave no answer to {missing} of {len(texts)} items: no model is scored on them")
         return texts
-
-    @cached_property
-    def _all_items(self) -> tuple[Prompt, ...]:
-        items = self.prepared.inputs.items
-        missing = next((item for item in items if item.answer is None), None)
-        if missing is not None:
-            raise DataError(
-                "items-invalid",
-                found=f"an item without an answer in {self.run.recipe.evaluation.path}: {missing.content[:60]!r}",
-                expected="`answer` on every evaluation item",
-                do="Add it, or leave evaluation.path out to measure fidelity and cost alone.",
-            )
-        return items
 
     def _teacher_answers(self) -> ItemScores:
         if self.purchases is None:

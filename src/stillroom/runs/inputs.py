@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from stillroom.core.errors import DataError
 from stillroom.data import LoadedPrompts, Prompt, load_prompts
 from stillroom.data.redaction import RedactedPrompt, Redactor, Restored
 from stillroom.runs.plan import RedactedKind, RedactionFacts
@@ -50,19 +51,25 @@ class Inputs:
 
     @cached_property
     def items(self) -> tuple[Prompt, ...]:
-        """What all models are scored on."""
+        """What all models are scored on, each with its answer. Raises DataError 'items-invalid'."""
         _ = self.prompts
         section = self.recipe.evaluation
-        return self._taken(load_prompts(section.path, limit=section.limit).prompts) if section.path is not None else ()
+        if section.path is None:
+            return ()
+        loaded = load_prompts(section.path, limit=section.limit).prompts
+        _require_answers([one for one in loaded if one.answer is None], section.path, "leave evaluation.path out to measure fidelity and cost alone")
+        return self._taken(loaded)
 
     @cached_property
     def pairs(self) -> tuple[Prompt, ...]:
-        """What the label-only baseline is made from. None of it is sent."""
+        """What the label-only baseline is made from, each with its answer or ending in one. None of it is sent. Raises DataError 'items-invalid'."""
         _ = self.items
         section = self.recipe.evaluation.label_only
         if section is None:
             return ()
         loaded = load_prompts(section.path, limit=section.limit).prompts
+        unanswered = [one for one in loaded if one.answer is None and not (one.messages and one.messages[-1].role == "assistant")]
+        _require_answers(unanswered, section.path, "leave evaluation.label_only out")
         return self._taken(loaded) if self.mode == "placeholders" else loaded
 
     def taken_in(self, prompts: Sequence[Prompt]) -> tuple[Prompt, ...]:
@@ -131,3 +138,14 @@ class Inputs:
         if redacted.placeholders:
             self._sent[used.id] = _Sent(redacted.prompt, redacted.placeholders)
         return used
+
+
+def _require_answers(unanswered: Sequence[Prompt], path: str, otherwise: str) -> None:
+    """What has no answer is refused when the file is read, by the plan, and not when all else has been paid for."""
+    if unanswered:
+        raise DataError(
+            "items-invalid",
+            found=f"{len(unanswered)} items without an answer in {path}, the first of them {unanswered[0].content[:60]!r}",
+            expected="`answer` on every item",
+            do=f"Add it, or {otherwise}.",
+        )

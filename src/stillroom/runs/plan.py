@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from stillroom.runs.documented import Documented
+from stillroom.runs.projection import Pilot
 from stillroom.runs.report import Decision
 
 
@@ -100,6 +101,27 @@ class RedactionFacts(Documented):
     texts: int
     """How many prompts, items and labelled pairs were looked at."""
     kinds: list[RedactedKind]
+
+
+class CollectionFacts(Documented):
+    """What will be asked of the teacher's endpoint, what that can cost, and what it is expected to. Amounts of money are exact decimals."""
+
+    prompts: int
+    """Answers to prompts; 0 where the answers are given."""
+    items: int
+    """Answers to evaluation items."""
+    most_tokens: int
+    """Each request's worst case: every byte that is sent counted as a token, and all that it may generate."""
+    most_money: str | None
+    """The same in money; None where the price is not known."""
+    cap_tokens: int | None
+    cap_money: str | None
+    currency: str | None
+    prices_as_of: str | None
+    pilot: Pilot | None
+    """What `stillroom pilot` found for this very collection, and kept."""
+    no_pilot: str | None
+    """Why there is none, where there is none."""
 
 
 class Hardware(Documented):
@@ -203,6 +225,8 @@ class Plan(Documented):
     curation: CurationFacts | None = None
     """None in a plan that was made before runs curated."""
     redaction: RedactionFacts | None = None
+    """Only of a teacher behind an endpoint."""
+    collection: CollectionFacts | None = None
     """Only of a teacher behind an endpoint."""
     objective: str
     steps: int

@@ -12,8 +12,11 @@ import psutil
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from stillroom.collect.spend import Amount, in_units, worst_case
+from stillroom.collect.wire import Call
 from stillroom.core import clock, durable
 from stillroom.core.errors import DataError, ModelError, ResourceError, StoreError
+from stillroom.core.hashing import canonical_json, sha256_hex
 from stillroom.core.launch import launched
 from stillroom.data import LoadedPrompts, Prompt
 from stillroom.entitlement.verdict import Verdict
@@ -38,12 +41,13 @@ from stillroom.objectives.divergences import DIVERGENCES
 from stillroom.objectives.matching import STATE_MATCHES
 from stillroom.objectives.objective import Objective, WeightedTerm
 from stillroom.runs.curating import asked_in_vain, chosen
-from stillroom.runs.endpoints import Asking, EndpointTeacher, endpoint_teacher, most_tokens, obtainable, require_askable, require_signal
+from stillroom.runs.endpoints import Asking, EndpointTeacher, endpoint_teacher, obtainable, require_askable, require_signal
 from stillroom.runs.entitling import decide_recipe, entitled, sources_of, terms_of
 from stillroom.runs.inputs import Inputs
 from stillroom.runs.loggers import chosen as loggers_chosen
 from stillroom.runs.plan import (
     CardFit,
+    CollectionFacts,
     CurationFacts,
     Estimate,
     Hardware,
@@ -54,6 +58,7 @@ from stillroom.runs.plan import (
     Signal,
     VocabularyFacts,
 )
+from stillroom.runs.projection import Pilot, caps_needed, drawn
 from stillroom.runs.recipe import ObjectiveSection, Recipe
 from stillroom.runs.report import Decision
 from stillroom.targets.vocabulary import Vocabulary, require_same
@@ -109,6 +114,10 @@ class Prepared:
         lengths = [length for length in (_context_length(self.teacher), self.student.shape.context_length) if length is not None]
         return min(lengths, default=1 << 30)
 
+    def comes_with_answer(self, prompt: Prompt) -> bool:
+        """Whether this prompt's answer is given (or should be), so that the teacher is not asked for it."""
+        return _comes_with_answer(self.recipe, self.renderer, prompt)
+
     @property
     def local_teacher(self) -> ModelDescription:
         """The teacher, where its weights are here: what asks for it has been refused otherwise."""
@@ -147,7 +156,7 @@ def product_dtype(teacher_dtype: str) -> torch.dtype:
 
 
 def plan(recipe: Recipe, *, out: Path | None = None, cards: bool = False) -> Plan:
-    """The plan alone; with `cards`, also which graphics cards it would fit on, which takes some seconds more."""
+    """The plan alone, by what the store of a run in `out` already has; with `cards`, also which graphics cards it would fit on, which takes some seconds more."""
     return prepare(recipe, out=out, cards=cards).plan
 
 
@@ -171,7 +180,7 @@ def prepare(recipe: Recipe, *, out: Path | None = None, planned: Plan | None = N
     student = _plan_student(recipe, teacher, tokenizer, teacher_vocabulary, base)
     renderer = Renderer(tokenizer)
     inputs = Inputs(recipe)
-    prompts = inputs.prompts
+    prompts, _ = inputs.prompts, inputs.pairs  # and the items before them: what is wrong with any of them is said before anything is spent
     if sources_of(recipe) != sources:  # a card came with what was fetched
         verdict = decided(recipe)
     if planned is not None:
@@ -267,6 +276,16 @@ def _require_same_prompts(planned: Plan, prompts: LoadedPrompts) -> None:
             why="the answers that are there already are answers to those",
             do="Put the prompts back as they were, or run in a new directory.",
         )
+
+
+def _comes_with_answer(recipe: Recipe, renderer: Renderer, prompt: Prompt) -> bool:
+    match recipe.prompts.answers:
+        case "teacher":
+            return False
+        case "given":
+            return True
+        case "mixed":
+            return prompt.answer is not None or renderer.ends_with_answer(prompt)
 
 
 def objective_of(section: ObjectiveSection) -> Objective:
@@ -366,7 +385,6 @@ class _Planner:
         self.renderer, self.inputs, self.prompts, self.objective = renderer, inputs, inputs.prompts, objective
         self.decisions: list[Decision] = []
         self.warnings: list[str] = []
-        self.items = 0
         self.prompt_lengths: list[int] = []
         self.answer_lengths: list[int] = []
 
@@ -401,6 +419,7 @@ class _Planner:
             signal=signal,
             curation=curation,
             redaction=redaction,
+            collection=self._collection(signal),
             objective=_described(self.objective),
             steps=steps,
             epochs=epochs,
@@ -425,7 +444,7 @@ class _Planner:
     # --- prompts and signal -----------------------------------------------------------------------------------------------------------
 
     def _prompts(self) -> PromptFacts:
-        sample = _spread(self.prompts.prompts, _SAMPLED_PROMPTS)
+        sample = spread(self.prompts.prompts, _SAMPLED_PROMPTS)
         lengths = self.prompt_lengths = [len(self.renderer.prompt_ids(prompt)) for prompt in sample]
         longest = max(lengths)
         context = _context_length(self.teacher)
@@ -436,7 +455,7 @@ class _Planner:
                 expected=f"room for an answer in the teacher's context of {context}",
                 do="Shorten the prompts.",
             )
-        lossy = sum(self.renderer.loses_text(prompt) for prompt in _spread(sample, 200))
+        lossy = sum(self.renderer.loses_text(prompt) for prompt in spread(sample, 200))
         if lossy:
             self.warnings.append(f"in {lossy} of {min(200, len(sample))} prompts looked at, some text is lost by the teacher's tokenizer")
         self.answer_lengths, why = self._answer_lengths()
@@ -452,11 +471,10 @@ class _Planner:
 
     def _answer_lengths(self) -> tuple[list[int], str]:
         most, items = self.recipe.generation.max_new_tokens, self.inputs.items
-        self.items = len(items)
-        given = [prompt for prompt in _spread(self.prompts.prompts, 200) if prompt.answer is not None or self.renderer.ends_with_answer(prompt)]
+        given = [prompt for prompt in spread(self.prompts.prompts, 200) if prompt.answer is not None or self.renderer.ends_with_answer(prompt)]
         if given:
             return self._lengths_of(given, most), "the mean of the answers given with the prompts"
-        answered = [item for item in _spread(items, 200) if item.answer is not None]
+        answered = [item for item in spread(items, 200) if item.answer is not None]
         if answered:
             return self._lengths_of(answered, most), "the mean of the evaluation items' answers"
         return [most], "the most that generation.max_new_tokens allows: nothing is known of the answers yet"
@@ -478,7 +496,6 @@ class _Planner:
         if section.kind == "auto":
             self._decided("targets.kind", kind, why)
         self.objective.check(kind, section.target_temperature)
-        self._cost(teacher, facts)
         if kind == "top_k" and possible.k < section.k:
             self._decided("targets.k", str(possible.k), f"of {section.k} asked for: {possible.why}", degraded=possible.k < self.vocabulary.size)
         return Signal(
@@ -492,19 +509,39 @@ class _Planner:
             why=why,
         )
 
-    def _cost(self, teacher: EndpointTeacher, facts: PromptFacts) -> None:
-        """What the requests can cost at the worst, beside what they may."""
-        if self.recipe.prompts.answers == "given":
-            return
-        sample = [self.inputs.sent(prompt) for prompt in _spread(self.prompts.prompts, 200)]
-        asking = asking_of(self.recipe, teacher, self.renderer)
-        most = round(most_tokens(asking, sample, teacher.price) / len(sample) * facts.count)
-        cap = teacher.caps.tokens
-        self._decided("collection", f"{facts.count:,} requests", f"at the very most {most:,} tokens, each prompt's bytes counted as tokens")
+    def _collection(self, signal: Signal) -> CollectionFacts | None:
+        """What the requests can cost at the worst, beside what they may, and what a pilot expects."""
+        teacher = self.teacher
+        if not isinstance(teacher, EndpointTeacher):
+            return None
+        prompts = asked_of(self.recipe, self.renderer, self.prompts.prompts)
+        asked = (*prompts, *self.inputs.items)
+        each, _ = worst_cases(self.recipe, teacher, self.renderer, signal, [self.inputs.sent(prompt) for prompt in spread(asked, 200)])
+        most = Amount(each.tokens * len(asked), each.money * len(asked))
         if teacher.price is not None and (warning := teacher.price.age_warning(clock.now().date())) is not None:
             self.warnings.append(warning)
-        if cap is not None and most > cap:
-            self.warnings.append(f"the cap of {cap:,} tokens may be reached before all prompts are answered; it can be raised, and the run goes on")
+        pilot, why = _pilot_of(self.recipe, teacher, self.renderer, self.inputs, signal)
+        self._warn_of_caps(teacher, most, pilot)
+        return CollectionFacts(
+            prompts=len(prompts),
+            items=len(self.inputs.items),
+            most_tokens=most.tokens,
+            most_money=None if teacher.price is None else f"{in_units(most.money).normalize():f}",
+            cap_tokens=teacher.caps.tokens,
+            cap_money=None if teacher.caps.money is None else f"{in_units(teacher.caps.money).normalize():f}",
+            currency=None if teacher.price is None else teacher.price.currency,
+            prices_as_of=None if teacher.price is None else teacher.price.as_of.isoformat(),
+            pilot=pilot,
+            no_pilot=why,
+        )
+
+    def _warn_of_caps(self, teacher: EndpointTeacher, most: Amount, pilot: Pilot | None) -> None:
+        if pilot is not None and not pilot.suffices(teacher.caps):
+            self.warnings.append(
+                f"the cap may be reached before all is answered: by the pilot, {caps_needed(pilot)} would do; the run goes on when it is raised"
+            )
+        elif pilot is None and not most.fits(teacher.caps):
+            self.warnings.append("the cap may be reached before all is answered, at the worst; it can be raised, and the run goes on")
 
     def _curation(self) -> CurationFacts:
         """Which steps will run; what is asked in vain is said before it is paid for."""
@@ -534,7 +571,7 @@ class _Planner:
             self._decided("collection.redaction", mode, f"replaced before anything is sent: {kinds}")
         if vain := self.inputs.secrets_in_answers_alone():
             self.warnings.append(
-                f"in {vain} of {self.items} evaluation items the expected answer has a secret that the prompt has not: its placeholder is never the right answer"
+                f"in {vain} of {len(self.inputs.items)} evaluation items the expected answer has a secret that the prompt has not: its placeholder is never the right answer"
             )
         return found
 
@@ -737,7 +774,7 @@ class _Planner:
             prompt_tokens=tuple(self.prompt_lengths),
             answer_tokens=tuple(self.answer_lengths),
             max_new_tokens=recipe.generation.max_new_tokens,
-            written=recipe.prompts.answers == "teacher",
+            written=recipe.prompts.answers != "given",
             sampling_temperature=recipe.generation.sampling_temperature,
             teacher_at_once=hardware.teacher_at_once,
             target_kind=signal.kind,
@@ -754,7 +791,7 @@ class _Planner:
             validate_every=training.validate_every,
             checkpoint_every=training.checkpoint_every,
             label_only=self._label_only(),
-            items=self.items,
+            items=len(self.inputs.items),
             fidelity_prompts=recipe.evaluation.fidelity_prompts,
         )
 
@@ -796,7 +833,7 @@ class _Planner:
         return int(store + sequences + weights * (2 if self.recipe.evaluation.label_only else 1) + 3000 * facts.count)
 
 
-def _spread(values: Sequence[Prompt], most: int) -> list[Prompt]:
+def spread(values: Sequence[Prompt], most: int) -> list[Prompt]:
     """At most `most` of `values`, evenly spaced."""
     if len(values) <= most:
         return list(values)
@@ -848,6 +885,55 @@ def asking_of(recipe: Recipe, teacher: EndpointTeacher, renderer: Renderer) -> A
     """How this recipe asks: where the teacher's tokens are known, the completions route is sent them as they are."""
     prompt_ids = renderer.prompt_ids if recipe.teacher.tokenizer is not None else None
     return Asking(teacher.endpoint, recipe.generation.max_new_tokens, prompt_ids)
+
+
+def worst_cases(recipe: Recipe, teacher: EndpointTeacher, renderer: Renderer, signal: Signal, prompts: Sequence[Prompt]) -> tuple[Amount, Amount]:
+    """The most that asking one of these, as they are sent, can cost: on average, and of all."""
+    asking = asking_of(recipe, teacher, renderer)
+    worst = [worst_case(collecting_call(recipe, asking, signal, prompt), teacher.price) for prompt in prompts]
+    tokens, money = [one.tokens for one in worst], [one.money for one in worst]
+    mean = Amount(math.ceil(sum(tokens) / max(1, len(worst))), math.ceil(sum(money) / max(1, len(worst))))
+    return mean, Amount(max(tokens, default=0), max(money, default=0))
+
+
+def asked_of(recipe: Recipe, renderer: Renderer, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Those that come without an answer."""
+    return [prompt for prompt in prompts if not _comes_with_answer(recipe, renderer, prompt)]
+
+
+def collecting_call(recipe: Recipe, asking: Asking, signal: Signal, prompt: Prompt) -> Call:
+    """The call that gives the answer to learn from."""
+    return asking.call(prompt, temperature=recipe.generation.sampling_temperature, top_logprobs=signal.k if signal.kind == "top_k" else None)
+
+
+def pilot_of(prepared: Prepared) -> tuple[Pilot | None, str | None]:
+    """The stored pilot of this very collection; else why there is none."""
+    teacher = prepared.endpoint_teacher
+    assert teacher is not None, "a pilot is of an endpoint"
+    return _pilot_of(prepared.recipe, teacher, prepared.renderer, prepared.inputs, prepared.plan.signal)
+
+
+def _pilot_of(recipe: Recipe, teacher: EndpointTeacher, renderer: Renderer, inputs: Inputs, signal: Signal) -> tuple[Pilot | None, str | None]:
+    if recipe.prompts.answers == "given":
+        return None, "the answers are given"
+    pilot = teacher.pilot
+    if pilot is None:
+        return None, "none was made"
+    if pilot.asks != asks_of(recipe, teacher, renderer, inputs, signal, pilot.rows):
+        return None, f"the one of {pilot.day} asked something else"
+    if pilot.price != (teacher.price and teacher.price.id):
+        return None, f"the one of {pilot.day} was reckoned at other prices; to make it again buys nothing"
+    return pilot, None
+
+
+def asks_of(recipe: Recipe, teacher: EndpointTeacher, renderer: Renderer, inputs: Inputs, signal: Signal, rows: int) -> str:
+    """SHA-256 of what a run asks of its endpoint: the calls of the prompts that a pilot of so many rows draws, and all prompts and items."""
+    asking = asking_of(recipe, teacher, renderer)
+    calls = [
+        collecting_call(recipe, asking, signal, prompt).key
+        for prompt in map(inputs.sent, drawn(asked_of(recipe, renderer, inputs.prompts.prompts), rows, recipe.seed))
+    ]
+    return sha256_hex(canonical_json([inputs.prompts.sha256, [item.id for item in inputs.items], calls]))
 
 
 def _facts_of_description(model: ModelDescription) -> ModelFacts:

@@ -165,8 +165,9 @@ class PromptsSection(_Section):
     """Which split of the dataset."""
     limit: Positive | None = None
     """Use only the first so many."""
-    answers: Literal["teacher", "given"] = "teacher"
-    """teacher: the teacher answers. given: the answers that come with the prompts (`answer`, or a last assistant turn) are what is scored."""
+    answers: Literal["teacher", "given", "mixed"] = "teacher"
+    """teacher: the teacher answers. given: the answers that come with the prompts (`answer`, or a last assistant turn) are what is scored.
+    mixed: answers that come with prompts are taken as given, and the teacher answers the other prompts."""
 
     @model_validator(mode="after")
     def _exactly_one(self) -> PromptsSection:
@@ -586,7 +587,7 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _a_day_is_for_answers_that_are_given(self) -> Recipe:
-        if self.terms.generated_on is not None and self.prompts.answers != "given":
+        if self.terms.generated_on is not None and self.prompts.answers == "teacher":
             raise ValueError(
                 "terms.generated_on is the day of answers that are given; here prompts.answers is teacher, which answers when the run does"
             )

@@ -151,6 +151,15 @@ class Collection(Documented):
     reserved_money: Maybe
     cap_tokens: Maybe
     cap_money: Maybe
+    projected_tokens: Maybe
+    """What is still to be bought, at what an answer cost on average so far; 0 where nothing is."""
+    projected_money: Maybe
+    answers_tokens: Maybe
+    """Of what was spent, what the answers cost: what a pilot's projection is to be compared with. The rest is a probe's."""
+    answers_money: Maybe
+    pilot_tokens: Maybe
+    """What a pilot had projected for the answers, before they were bought."""
+    pilot_money: Maybe
     break_even_calls: Maybe
     """After how many calls the student has cost as much as the teacher would have: collecting, training and the student's own calls together."""
 

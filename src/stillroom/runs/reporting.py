@@ -22,6 +22,7 @@ from stillroom.runs.directory import Run
 from stillroom.runs.entitling import terms_of
 from stillroom.runs.gates import read_decision
 from stillroom.runs.plan import Plan, RedactionFacts
+from stillroom.runs.projection import Expected, Pilot
 from stillroom.runs.report import (
     Absent,
     AskedRows,
@@ -163,7 +164,7 @@ def _measured(found: Measured | Absence) -> Maybe:
 
 def _making(run: Run, plan: Plan, summary: Evaluation, training: Training, bought: Bought | None) -> Making:
     collected = [json.loads(line) for line in durable.read_lines(run.collect_path)]
-    written = sum(line["answer_tokens"] for line in collected) if run.recipe.prompts.answers == "teacher" else 0
+    written = sum(line["answer_tokens"] for line in collected if not line.get("given", run.recipe.prompts.answers == "given"))
     seconds = {"collect": sum(line["seconds"] for line in collected), "train": training.seconds, "evaluate": summary.seconds}
     if training.label_only_seconds is not None:
         seconds["label_only"] = training.label_only_seconds
@@ -209,6 +210,10 @@ def _collection(run: Run, bought: Bought, training: Training) -> Collection:
         return Number(value=float(value), unit=bought.currency, source=f"requests.json, at prices of {bought.prices_as_of}")
 
     no_cap = Absent(absent="the recipe sets none")
+    unpriced = Absent(absent="the teacher's price is not known")
+    no_pilot = Absent(absent="no pilot of this collection was made")
+    projection = "requests.json: what is still to be bought, at the average so far"
+    pilot = bought.pilot
     return Collection(
         rows={purpose: AskedRows(**rows.model_dump()) for purpose, rows in bought.rows.items()},
         logprobs_verified=bought.verified,
@@ -219,8 +224,24 @@ def _collection(run: Run, bought: Bought, training: Training) -> Collection:
         reserved_money=money(bought.reserved_money),
         cap_tokens=no_cap if bought.cap_tokens is None else tokens(bought.cap_tokens),
         cap_money=no_cap if bought.cap_money is None else money(bought.cap_money),
+        projected_tokens=_projection(bought.projected_tokens, "tokens", projection, Absent(absent="nothing was bought that it could be told from")),
+        projected_money=_projection(bought.projected_money, bought.currency, projection, unpriced),
+        answers_tokens=unpriced if bought.answers_tokens is None else tokens(bought.answers_tokens),
+        answers_money=money(bought.answers_money),
+        pilot_tokens=no_pilot if pilot is None else _projection(pilot.tokens, "tokens", _by_pilot(pilot), no_pilot, pilot.rows),
+        pilot_money=no_pilot if pilot is None else _projection(pilot.money, pilot.currency, _by_pilot(pilot), unpriced, pilot.rows),
         break_even_calls=_break_even(run, bought, training),
     )
+
+
+def _projection(found: Expected | None, unit: str | None, source: str, why: Absent, n: int | None = None) -> Maybe:
+    if found is None or unit is None:
+        return why
+    return Number(value=found.value, low=found.low, high=found.high, n=n, unit=unit, source=source)
+
+
+def _by_pilot(pilot: Pilot) -> str:
+    return f"requests.json: by {pilot.rows} of {pilot.prompts:,} prompts, on {pilot.day}, for them and {pilot.items:,} evaluation items"
 
 
 def _break_even(run: Run, bought: Bought, training: Training) -> Maybe:
@@ -228,8 +249,12 @@ def _break_even(run: Run, bought: Bought, training: Training) -> Maybe:
     hardware, student = run.recipe.hardware, read(run.evals_path / "cost.json", CostMeasurements).student
     if bought.currency is None or bought.spent_money is None:
         return Absent(absent="the teacher's price is not known")
-    if hardware.price_per_hour is None or hardware.currency != bought.currency or isinstance(student.latency_p50_seconds, Absence):
+    if hardware.price_per_hour is None:
         return Absent(absent=f"hardware.price_per_hour, in {bought.currency}, is not given")
+    if hardware.currency != bought.currency:
+        return Absent(absent=f"the machine's price is in {hardware.currency}, and the teacher's in {bought.currency}")
+    if isinstance(student.latency_p50_seconds, Absence):
+        return Absent(absent=f"the student's latency is not known: {student.latency_p50_seconds.absent}")
     hour = Decimal(str(hardware.price_per_hour)) / 3600
     answered = sum(rows.accepted + sum(rows.rejected.values()) for rows in bought.rows.values())
     spent = Decimal(bought.spent_money)

@@ -12,7 +12,7 @@ import torch
 
 from stillroom import web
 from stillroom.core import durable
-from stillroom.core.errors import ResourceError
+from stillroom.core.errors import RecipeError, ResourceError
 from stillroom.core.identities import Sampling
 from stillroom.core.interrupts import StopRequest
 from stillroom.data import Prompt, load_prompts
@@ -34,9 +34,11 @@ from stillroom.runs.plan import Plan
 from stillroom.runs.planning import Prepared, prepare
 from stillroom.runs.recipe import Recipe
 from stillroom.runs.reporting import build_report
-from stillroom.runs.summaries import read
+from stillroom.runs.summaries import Bought, read
 from stillroom.runs.training import Trainer, whole_student
 
+# In the place of a text: the endpoint refused, or failed for good. `stillroom requests` says why.
+_NO_ANSWER = "(no answer)"
 _COMMANDS = {"planned": "plan", "collected": "collect", "trained": "train", "evaluated": "evaluate", "reported": "report"}
 
 
@@ -73,6 +75,25 @@ def _require_whole_state(recipe: Recipe) -> None:
         )
 
 
+def collect_shard(recipe: Recipe, out: Path, index: int, count: int, *, observer: Observer) -> Bought:
+    """See stillroom.runs.collect_shard."""
+    if recipe.teacher.endpoint is None or recipe.prompts.answers == "given":
+        raise RecipeError(
+            "recipe-invalid",
+            found="a shard of a collection, of a recipe in which nothing is asked of an endpoint",
+            expected="teacher.endpoint, and prompts.answers that are not all given",
+            do="Give the command without --shard: what a model here answers is not divided.",
+        )
+    found = Run.begin(recipe, out)
+    again = f"To resume, run the same command again with --out {out}."
+    with durable.full_disk_reported(found.directory), silence(), found.locked(), StopRequest(again) as stop:
+        prepared = prepare(recipe, out=found.directory, planned=plan_of(found), gate=True)
+        with Purchases.opened(found, prepared, observer, stop) as purchases:
+            rows = BoughtAnswers(purchases, found).buy_shard(prepared.prompts.prompts, index, count)
+            observer.note(f"{rows:,} of {len(prepared.prompts.prompts):,} prompts are this machine's, and bought")
+            return purchases.summary()
+
+
 class Stages:
     """One run being taken further. Models are loaded when a stage needs them and let go when it ends."""
 
@@ -105,7 +126,7 @@ class Stages:
     def prepared(self) -> Prepared:
         """The recipe, checked; gate 1 is passed here, so nothing can be spent without it."""
         if self._prepared is None:
-            prepared = prepare(self.run.recipe, out=self.run.directory, planned=_plan_of(self.run), gate=True)
+            prepared = prepare(self.run.recipe, out=self.run.directory, planned=plan_of(self.run), gate=True)
             torch.set_num_threads(prepared.plan.hardware.threads)
             torch.use_deterministic_algorithms(True, warn_only=True)
             if self.run.state != "new" and self.processes.is_first:
@@ -183,7 +204,7 @@ def compare(run: Run, *, prompt: str | None, file: Path | None) -> list[tuple[st
     """Prompt, teacher's answer, student's answer, for one prompt or for each of a file."""
     run.require("trained", "train")
     behind_endpoint = run.recipe.teacher.endpoint is not None
-    prepared = prepare(run.recipe, out=run.directory, planned=_plan_of(run), gate=behind_endpoint)
+    prepared = prepare(run.recipe, out=run.directory, planned=plan_of(run), gate=behind_endpoint)
     typed = (Prompt.of(prompt),) if prompt is not None else load_prompts(file).prompts
     asked = prepared.inputs.taken_in(typed)
     ids = [prepared.renderer.prompt_ids(one) for one in asked]
@@ -198,14 +219,14 @@ def compare(run: Run, *, prompt: str | None, file: Path | None) -> list[tuple[st
 
     if teacher is None:
         with run.locked(), Purchases.opened(run, prepared, Silent(), None) as purchases:
-            answers = [[text or "" for text in purchases.texts(COMPARE, asked)], written(student)]
+            answers = [[_NO_ANSWER if text is None else text for text in purchases.texts(COMPARE, asked)], written(student)]
     else:
         answers = [written(teacher), written(student)]
     shown = [[prepared.inputs.shown(one, text) for one, text in zip(asked, texts, strict=True)] for texts in answers]
     return [(one.content, *pair) for one, *pair in zip(typed, *shown, strict=True)]
 
 
-def _plan_of(run: Run) -> Plan | None:
+def plan_of(run: Run) -> Plan | None:
     """The plan that was made when the run began, if it has begun."""
     return read(run.plan_path, Plan) if run.state != "new" else None
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field, ValidationError
 from stillroom.core import durable
 from stillroom.core.errors import RunError
 from stillroom.runs.documented import Documented
+from stillroom.runs.projection import Expected, Pilot
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -141,6 +142,14 @@ class Bought(Documented):
     cap_tokens: int | None
     cap_money: str | None
     prices_as_of: str | None
+    answers_tokens: int | None = None
+    """Of what was spent, what the rows' answers cost; the rest is a probe's."""
+    answers_money: str | None = None
+    projected_tokens: Expected | None = None
+    """What is still to be bought, evaluation items with it, at what an answer cost on average so far; 0 where nothing is."""
+    projected_money: Expected | None = None
+    pilot: Pilot | None = None
+    """What a pilot of this collection had projected."""
 
 
 def read(path: Path, model: type[M]) -> M:

@@ -272,13 +272,6 @@ class Trainer:
     def _labelled(self, section: LabelOnlySection) -> dict[str, TokenSequence]:
         sequences: dict[str, TokenSequence] = {}
         for prompt in self.prepared.inputs.pairs:
-            if prompt.answer is None and not self.prepared.renderer.ends_with_answer(prompt):
-                raise DataError(
-                    "items-invalid",
-                    found=f"an item without an answer in {section.path}: {prompt.content[:60]!r}",
-                    expected="`answer` on every labelled item",
-                    do="Add it, or leave evaluation.label_only out.",
-                )
             sequence = self.prepared.renderer.sequence(prompt, prompt.answer)
             if len(sequence.ids) <= self.prepared.context_tokens:
                 sequences[record_id(sequence)] = sequence

@@ -9,7 +9,7 @@ from typing import Any
 from stillroom.web import format as f
 from stillroom.web.markup import Child, Html, el, join
 from stillroom.web.parts import fact, facts, lead, section, table
-from stillroom.web.readings import Measured, Missing, Node, dig, read, shown, value_only
+from stillroom.web.readings import Measured, Missing, Node, Reading, dig, read, shown, value_only
 from stillroom.web.results import decision_list
 from stillroom.web.sentences import allowed
 
@@ -78,26 +78,43 @@ def collection(report: Node) -> Html | None:
     # A column for each purpose, of which there are few: reasons are words, and need room on a phone.
     heads: list[Child] = ["Rows", *(el("bdi", _PURPOSES.get(purpose, purpose)) for purpose in asked)]
     rows: list[list[Child]] = [[name, *(show(found.get(key)) for found in asked.values())] for name, key, show in shows]
-    names = (
-        ("spent_tokens", "Tokens spent"), ("reserved_tokens", "Tokens reserved"), ("cap_tokens", "Cap in tokens"), ("spent_money", "Money spent"),
-        ("reserved_money", "Money reserved"), ("cap_money", "Cap in money"), ("break_even_calls", "Calls to break even"),
-    )  # fmt: skip
-    amounts: list[list[Child]] = []
-    for key, name in names:
-        reading = read(report, "collection", key)
-        is_money = key.endswith("money")
-        amounts.append([name, shown(reading, f.money(reading.unit if isinstance(reading, Measured) else "") if is_money else f.count)])
     words = join(
         "Log-probabilities of ", _number(node.get("logprobs_verified")), " answers passed verification, and of ", _number(_sum(node.get("logprobs_demoted"))),
-        " did not", *_in_brackets(node.get("logprobs_demoted")), ". What is reserved may have been billed without an answer.",
+        " did not", *_in_brackets(node.get("logprobs_demoted")), ". ", _paid_for_itself(read(report, "collection", "break_even_calls")),
     )  # fmt: skip
     return section(
         "collection",
         "What was asked of the endpoint",
         lead(words),
         table("Rows by what became of them", heads, rows, class_="numbers asked") if asked else None,
-        table("Spent, reserved and allowed", ["What", "Amount"], amounts, class_="numbers making"),
+        table("Spent, reserved, projected and allowed", ["What", "Tokens", "Money"], _amounts(report), class_="numbers making"),
     )
+
+
+_AMOUNTS = (
+    ("spent", "Spent", "As the endpoint counted, a probe with it."),
+    ("answers", "Of it, for answers", None),
+    ("pilot", "A pilot had projected for them", "Before they were bought."),
+    ("reserved", "Reserved", "May have been billed without an answer: the worst case of those requests."),
+    ("projected", "Still to be bought", "At what an answer cost on average."),
+    ("cap", "Cap", None),
+)
+
+
+def _amounts(report: Node) -> list[list[Child]]:
+    rows: list[list[Child]] = []
+    for key, name, why in _AMOUNTS:
+        tokens, money = (read(report, "collection", f"{key}_{unit}") for unit in ("tokens", "money"))
+        style = f.money(money.unit if isinstance(money, Measured) else "")
+        rows.append([join(name, el("span", why, class_="why") if why else None), shown(tokens, f.count), shown(money, style)])
+    return rows
+
+
+def _paid_for_itself(calls: Reading) -> Child:
+    """The break-even volume as a sentence."""
+    if isinstance(calls, Missing):
+        return join("After how many calls the student has paid for itself is not known: ", el("bdi", calls.why), ".")
+    return join("The student has paid for itself after ", shown(calls, f.count), " calls that the teacher would have answered.")
 
 
 _GATES = {

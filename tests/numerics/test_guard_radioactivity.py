@@ -59,8 +59,7 @@ TABLE = (np.random.default_rng(0).permutation(65_536) < 0.5026 * 65_536).astype(
 
 @dataclass(frozen=True, kw_only=True)
 class FromTable(Tournament):
-    """A tournament whose coins come from one table of 65,536, which the key only points into. The table's mean is 0.5026, as that of one of six tables
-    that were measured (pitfall P2); which entries are 1 is drawn with seed 0."""
+    """A tournament whose coins come from one table of 65,536, which the key only points into; 1.3 standard deviations more of its entries are 1 than half."""
 
     layers: int = 30
 

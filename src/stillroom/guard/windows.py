@@ -2,8 +2,7 @@
 
 Three rules keep the law of the scores under the null, whatever the suspect:
 
-- a pair is scored once over all evidence: for a second time it says nothing new (pooled as they come, the tokens of innocent text have been rejected 14 to
-  40 % of the time at 1 %);
+- a pair is scored once over all evidence: for a second time it says nothing new, and counted again it makes innocent text look guilty by chance;
 - a window is left out where the suspect has read it, with the token that follows it, earlier in what it was given: what it was given may be watermarked,
   and whoever continues or imitates it copies its choices;
 - a token that the suspect did not choose as that token, because its tokenizer cuts the text otherwise, is not scored.

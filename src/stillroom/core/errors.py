@@ -103,6 +103,7 @@ CODES: dict[str, str] = {
     "guard-evidence": "Evidence cannot be read, or is not what it says it is.",
     "guard-calibration": "A record of calibration cannot be used.",
     "guard-upstream": "The server that a proxy stands before cannot be named so.",
+    "guard-sampler": "A keyed sampler cannot be used with its settings.",
     "guard-logits": "Logits are not those that a sampler was made for.",
 }
 

@@ -39,7 +39,7 @@ from stillroom.core import durable
 from stillroom.core.errors import GuardError
 from stillroom.core.hashing import canonical_json, sha256_hex
 from stillroom.core.identities import Json
-from stillroom.guard import calibration, canaries, twins
+from stillroom.guard import calibration, canaries, radioactivity, twins
 from stillroom.guard.calibration import CalibrationRecord
 from stillroom.guard.detector import CLAIMS, NEGATIVE, Finding, Plan, power_of_ten
 from stillroom.guard.multiplicity import holm
@@ -75,6 +75,7 @@ RECOMPUTED: dict[str, Recomputed] = {
     canaries.EXPOSURE: Recomputed(commitments=canaries.commitments, finds=canaries.recompute, again=canaries.AGAIN),
     twins.TWINS: Recomputed(commitments=twins.commitments, finds=twins.recompute, again=twins.AGAIN),
     twins.BY_GROUP: Recomputed(commitments=twins.commitments, finds=twins.recompute, again=twins.AGAIN),
+    radioactivity.TEST: Recomputed(commitments=radioactivity.commitments, finds=radioactivity.recompute, again=radioactivity.AGAIN),
 }
 
 

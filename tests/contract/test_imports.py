@@ -37,7 +37,7 @@ ALLOWED["runs"] = set(ALLOWED) - {"testing"}
 ALLOWED["demo"] = ALLOWED["runs"] | {"runs"}
 ALLOWED["cli"] = ALLOWED["demo"] | {"demo"}
 
-WITHOUT_TORCH = ("core", "entitlement", "ledger", "data", "targets", "collect", "runs", "web", "demo", "cli", "testing")
+WITHOUT_TORCH = ("core", "entitlement", "ledger", "data", "targets", "collect", "guard", "runs", "web", "demo", "cli", "testing")
 NEEDS_WEIGHTS = {"torch", "transformers", "peft", "safetensors", "tokenizers", "tensorboard", "accelerate", "huggingface_hub", "jinja2"}
 # Of runs, only the modules that are loaded by name when a stage needs them: the base install imports the room without them (tested below).
 MAY_TOUCH_WEIGHTS = {"objectives", "models", "evals", "runs"}

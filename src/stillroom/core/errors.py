@@ -14,6 +14,7 @@
     |- RequestStoreError                     requests on disk: corrupt, in use, of something else
     |- DivergedError                         the loss became NaN or infinite
     |- CollectError                          endpoints, requests to them, and what they answer
+    |- GuardError                            keys, plans, evidence and records of the guard
     |- EntitlementError                      terms records, confirmations and authorisations that cannot be used
     |- EntitlementDenied           exit 4    the teacher's terms forbid it
     |- EntitlementUnknown          exit 5    a fact is missing; the question is in the message
@@ -97,6 +98,13 @@ CODES: dict[str, str] = {
     "logprobs-corrupt": "A file of log-probabilities cannot be read or does not match its checksums.",
     "probe-invalid": "A probe's report cannot be read by this version.",
     "interrupted": "The run was interrupted and can be resumed.",
+    "guard-key": "A secret key cannot be used.",
+    "guard-plan": "A test was planned otherwise than it is to be run.",
+    "guard-evidence": "Evidence cannot be read, or is not what it says it is.",
+    "guard-calibration": "A record of calibration cannot be used.",
+    "guard-upstream": "The server that a proxy stands before cannot be named so.",
+    "guard-sampler": "A keyed sampler cannot be used with its settings.",
+    "guard-logits": "Logits are not those that a sampler was made for.",
 }
 
 DOCS = "docs/reference/errors.md"
@@ -183,6 +191,10 @@ class DivergedError(StillroomError):
 
 class CollectError(StillroomError):
     """Endpoints, requests to them, and what they answer."""
+
+
+class GuardError(StillroomError):
+    """Keys, plans, evidence and records of the guard."""
 
 
 class EntitlementError(StillroomError):

@@ -1,5 +1,6 @@
 """The book: one chained entry per record and stage. The format is documented in `stillroom.ledger.entries`."""
 
+from stillroom.ledger.chain import Head
 from stillroom.ledger.entries import (
     Access,
     Circumstances,
@@ -13,7 +14,7 @@ from stillroom.ledger.entries import (
     commitment,
     leaf_hash,
 )
-from stillroom.ledger.log import Head, Ledger, verify_ledger
+from stillroom.ledger.log import Ledger, verify_ledger
 
 __all__ = [
     "Access",

@@ -141,7 +141,7 @@ class Trained:
 Entry: TypeAlias = Collected | Frozen | Trained
 
 
-def derive_salt(secret: bytes, field: Field, record_id: str) -> bytes:
+def derive_salt(secret: bytes, field: str, record_id: str) -> bytes:
     """The salt (32 bytes) of one commitment."""
     return hmac.digest(secret, f"{field}:{record_id}".encode(), "sha256")
 

@@ -10,21 +10,18 @@ somebody else holds.
 
 from __future__ import annotations
 
-import json
 import re
 import secrets
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
-from typing import NoReturn, cast
 
 from stillroom.core import durable
 from stillroom.core.clock import Clock, iso, now
 from stillroom.core.errors import LedgerError
-from stillroom.core.hashing import canonical_json
 from stillroom.core.identities import Json
+from stillroom.ledger.chain import Head, corrupt, keep_head, kept_head, read_chain
 from stillroom.ledger.entries import (
     COMMON_FIELDS,
     GENESIS,
@@ -38,23 +35,13 @@ from stillroom.ledger.entries import (
     Trained,
     commitment,
     derive_salt,
-    leaf_hash,
     record_facts,
     shared_facts,
 )
 
 _ENTRIES_PER_WRITE = 8192
-_PREFIX, _INFIX, _SUFFIX = b'{"entry":', b',"hash":"', b'"}\n'
 _HASH_BYTES = 32
 _DIGEST = re.compile("[0-9a-f]{64}")
-
-
-@dataclass(frozen=True, slots=True)
-class Head:
-    """How many entries there are and the hash of the last: enough to hold a ledger to what it was."""
-
-    entries: int
-    hash: str
 
 
 class _Index:
@@ -109,7 +96,7 @@ class Ledger:
         """
         path = directory / "ledger.jsonl"
         durable.repair_tail(path)
-        index = _scan(path, _kept_head(directory), canonical=False)
+        index = _scan(path, kept_head(directory / "ledger.head.json"), canonical=False)
         ledger = cls(directory, clock, _secret(directory, begun=len(index) > 0), index)
         if len(index):
             ledger._keep_head()
@@ -184,11 +171,10 @@ class Ledger:
             record = self._commit("record", entry.record_id, entry.record_id)
             entry_hash = known(entry.stage, record)
             if entry_hash is None:
-                common = {"version": VERSION, "sequence": head.entries, "previous": head.hash, "time": time, "stage": entry.stage, "record": record}
-                text = canonical_json(common | self._facts(entry, known("collect", record)))
-                entry_hash = leaf_hash(text)
-                lines.append(f'{{"entry":{text.decode()},"hash":"{entry_hash}"}}')
-                head = Head(head.entries + 1, entry_hash)
+                common = {"version": VERSION, "time": time, "stage": entry.stage, "record": record}
+                line, head = head.follow(common | self._facts(entry, known("collect", record)))
+                lines.append(line)
+                entry_hash = head.hash
                 added[entry.stage, record] = entry_hash
                 if isinstance(entry, Collected):
                     decisions[record] = entry.circumstances.decision
@@ -223,9 +209,7 @@ class Ledger:
         return commitment(derive_salt(self._secret, field, record_id), content)
 
     def _keep_head(self) -> None:
-        head = self._index.head
-        kept = {"entries": head.entries, "head": head.hash}
-        durable.write_json_atomic(self._head_path, kept)
+        keep_head(self._head_path, self._index.head)
 
 
 def verify_ledger(path: Path, head: Head | None = None) -> Head:
@@ -238,86 +222,29 @@ def verify_ledger(path: Path, head: Head | None = None) -> Head:
 
 
 def _scan(path: Path, head: Head | None, *, canonical: bool) -> _Index:
-    """Reads all lines and checks each against itself and against those before it; with `canonical` its spelling and schema too."""
+    """Reads all lines and checks each against itself and against those before it; with `canonical` its spelling too."""
     index = _Index()
-    previous = GENESIS
-    for number, line in _raw_lines(path):
-        entry_json, entry_hash = _split(path, number, line)
-        entry = _parse(path, number, entry_json, canonical=canonical)
-        if entry["sequence"] != len(index):
-            _corrupt(path, number, f"holds entry {entry['sequence']} where entry {len(index)} belongs: lines were dropped, moved or doubled")
-        if entry["previous"] != previous:
-            _corrupt(path, number, "does not follow from the line before it")
+    for number, entry, entry_hash in read_chain(path, head, canonical=canonical):
+        _check_schema(path, number, entry)
         _check_references(path, number, entry, index)
         index.add(entry["stage"], entry["record"], entry_hash, entry.get("decision"))
-        previous = entry_hash
-        if head is not None and len(index) == head.entries and entry_hash != head.hash:
-            _corrupt(path, number, "is not the entry that was last in the ledger's head")
-    if head is not None and len(index) < head.entries:
-        _corrupt(path, len(index) + 1, f"is missing: the ledger had {head.entries} entries and has {len(index)}")
     return index
 
 
-def _raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    if path.exists():
-        with path.open("rb") as file:
-            yield from enumerate(file, start=1)
-
-
-def _split(path: Path, number: int, line: bytes) -> tuple[bytes, str]:
-    """The entry's JSON and its hash, which agree."""
-    tail = len(_INFIX) + 64 + len(_SUFFIX)
-    entry_json, infix, entry_hash = line[len(_PREFIX) : -tail], line[-tail : -tail + len(_INFIX)], line[-tail + len(_INFIX) : -len(_SUFFIX)]
-    if not (line.startswith(_PREFIX) and infix == _INFIX and line.endswith(_SUFFIX)):
-        _corrupt(path, number, "is not an entry with its hash")
-    if leaf_hash(entry_json).encode() != entry_hash:
-        _corrupt(path, number, "does not have the hash it states: it was changed")
-    return entry_json, entry_hash.decode()
-
-
-def _parse(path: Path, number: int, entry_json: bytes, *, canonical: bool) -> Json:
-    """The entry, with the fields of its stage: what has the right hash need not have been written by us."""
-    try:
-        entry = json.loads(entry_json)
-        if canonical and canonical_json(entry) != entry_json:
-            _corrupt(path, number, "is not canonical JSON")
-    except (ValueError, RecursionError):
-        _corrupt(path, number, "is not canonical JSON")
-    stage = entry.get("stage") if isinstance(entry, dict) else None
+def _check_schema(path: Path, number: int, entry: Json) -> None:
+    stage = entry.get("stage")
     if not isinstance(stage, str) or stage not in STAGE_FIELDS or entry.keys() != COMMON_FIELDS | STAGE_FIELDS[stage] or entry["version"] != VERSION:
-        _corrupt(path, number, f"is not an entry of schema version {VERSION}")
+        corrupt(path, number, f"is not an entry of schema version {VERSION}")
     digests = [entry[field] for field in ("record", "prompt", "output", "collected", "decision") if field in entry]
     if not all(isinstance(digest, str) and _DIGEST.fullmatch(digest) for digest in digests):
-        _corrupt(path, number, "has a digest that is none")
-    return cast(Json, entry)
+        corrupt(path, number, "has a digest that is none")
 
 
 def _check_references(path: Path, number: int, entry: Json, index: _Index) -> None:
     if index.find(entry["stage"], entry["record"]) is not None:
-        _corrupt(path, number, f"is a second {entry['stage']} entry of one record")
+        corrupt(path, number, f"is a second {entry['stage']} entry of one record")
     if entry["stage"] != "collect" and index.find("collect", entry["record"]) != entry["collected"]:
-        _corrupt(path, number, "does not refer to the collect entry of its record")
-
-
-def _corrupt(path: Path, number: int, what: str) -> NoReturn:
-    raise LedgerError(
-        "ledger-corrupt",
-        found=f"line {number} of {path} {what}",
-        expected="the lines as they were written, and no others",
-        why="a book that was altered proves nothing",
-        do="Restore the file from a copy, or run again in a new directory.",
-    )
-
-
-def _kept_head(directory: Path) -> Head | None:
-    path = directory / "ledger.head.json"
-    if not path.exists():
-        return None
-    kept = durable.read_json(path)
-    try:
-        return Head(int(kept["entries"]), str(kept["head"]))
-    except (TypeError, KeyError, ValueError) as error:
-        raise LedgerError("ledger-corrupt", found=f"{path} is not a head", expected="{entries, head}", do="Restore the file from a copy.") from error
+        corrupt(path, number, "does not refer to the collect entry of its record")
 
 
 def _secret(directory: Path, *, begun: bool) -> bytes:

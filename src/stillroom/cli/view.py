@@ -149,7 +149,7 @@ def _redaction(found: RedactionFacts) -> str:
 def _asked(facts: CollectionFacts) -> str:
     """What will be asked and what it can cost, what a pilot expects, and the caps."""
     money = "" if facts.most_money is None else f" ({_money(float(facts.most_money))} {facts.currency})"
-    lines = [f"{facts.prompts:,} prompts and {facts.items:,} evaluation items: at the very most {facts.most_tokens:,} tokens{money}"]
+    lines = [f"{facts.prompts:,} prompts and {facts.items:,} evaluation items: at the worst some {facts.most_tokens:,} tokens{money}"]
     if facts.pilot is None and facts.prompts:
         lines.append(f"what it will cost is not known ({facts.no_pilot}): stillroom pilot RECIPE")
     elif facts.pilot is not None:

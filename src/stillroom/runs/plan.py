@@ -111,7 +111,7 @@ class CollectionFacts(Documented):
     items: int
     """Answers to evaluation items."""
     most_tokens: int
-    """Each request's worst case: every byte that is sent counted as a token, and all that it may generate."""
+    """The worst case of a request (every byte that is sent counted as a token, and all that it may generate), on average over a sample, times their number."""
     most_money: str | None
     """The same in money; None where the price is not known."""
     cap_tokens: int | None

@@ -10,6 +10,7 @@ from servers import TEACHER
 from stillroom import demo
 from stillroom.collect.logprobs import TokenIndex
 from stillroom.collect.wire import Endpoint
+from stillroom.core.errors import EntitlementDenied, EntitlementUnknown
 from stillroom.models.tokenizers import load_tokenizer, vocabulary_of
 from stillroom.runs import Recipe
 from stillroom.runs.probing import Wanted, probe_endpoint
@@ -26,6 +27,12 @@ prices:
     input: 1
     output: 4
 """
+# Terms with which a recipe may not learn from the fake teacher, and what says so.
+REFUSED_TERMS: list[tuple[dict[str, str], Any]] = [
+    ({"access": "api:openai", "model": "gpt-5.2"}, (EntitlementDenied, EntitlementUnknown)),
+    ({"access": "api:nobody-knows"}, EntitlementUnknown),
+    ({"access": "weights"}, EntitlementUnknown),
+]
 
 
 def settings(**more: Any) -> Settings:

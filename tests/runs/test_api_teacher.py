@@ -8,18 +8,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy
 import pytest
 
-from endpoint_runs import KEY, fake_recipe, keep_probe, served_recipe, settings
-from servers import TEACHER, llama_server
+from endpoint_runs import KEY, REFUSED_TERMS, fake_recipe, keep_probe, served_recipe, settings
+from servers import TEACHER
 from stillroom.collect.store import RequestStore
 from stillroom.core import durable
-from stillroom.core.errors import CollectError, EntitlementDenied, EntitlementUnknown, ModelError, RecipeError, SpendCapReached, SpendError
+from stillroom.core.errors import CollectError, ModelError, RecipeError, SpendCapReached, SpendError
 from stillroom.data import TransferSet
 from stillroom.ledger import Ledger
 from stillroom.models.loading import describe, load_model
@@ -125,14 +124,7 @@ def test_a_killed_collection_buys_nothing_twice(tmp_path: Path) -> None:
     assert bill.done <= 150 + spend.unknown
 
 
-@pytest.mark.parametrize(
-    ("terms", "raised"),
-    [
-        ({"access": "api:openai", "model": "gpt-5.2"}, (EntitlementDenied, EntitlementUnknown)),
-        ({"access": "api:nobody-knows"}, EntitlementUnknown),
-        ({"access": "weights"}, EntitlementUnknown),
-    ],
-)
+@pytest.mark.parametrize(("terms", "raised"), REFUSED_TERMS)
 def test_a_teacher_that_may_not_be_learned_from_is_not_asked(tmp_path: Path, terms: dict[str, str], raised: type[Exception]) -> None:
     with fake_endpoint(settings()) as server:
         with pytest.raises(raised):
@@ -182,14 +174,6 @@ def test_a_key_in_the_url_is_refused_and_not_repeated(tmp_path: Path) -> None:
 
 
 # --- the real server ----------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def served() -> Iterator[str]:
-    pytest.importorskip("xllamacpp")
-    pytest.importorskip("gguf")
-    with llama_server(TEACHER, exact=True) as server:
-        yield server.base_url
 
 
 def test_a_whole_run_on_verified_log_probabilities(tmp_path: Path, served: str) -> None:

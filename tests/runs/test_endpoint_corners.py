@@ -16,7 +16,7 @@ import yaml
 
 from endpoint_runs import KEY, fake_recipe, keep_probe, served_recipe, settings
 from helpers import save_tiny, tiny_tokenizer
-from servers import TEACHER, llama_server, relayed
+from servers import TEACHER, relayed
 from stillroom.collect.store import RequestStore
 from stillroom.core.errors import ModelError, RequestStoreError, SpendCapReached
 from stillroom.data import TransferSet
@@ -34,14 +34,6 @@ from tiny_run import questions, write_rows
 @pytest.fixture(autouse=True)
 def key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_KEY", KEY)
-
-
-@pytest.fixture(scope="module")
-def served() -> Iterator[str]:
-    pytest.importorskip("xllamacpp")
-    pytest.importorskip("gguf")
-    with llama_server(TEACHER, exact=True) as server:
-        yield server.base_url
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:

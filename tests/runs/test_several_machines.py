@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from endpoint_runs import KEY, fake_recipe, keep_probe, served_recipe, settings
-from servers import TEACHER, llama_server
 from stillroom.cli.main import app
 from stillroom.collect.machines import merge_stores
 from stillroom.collect.store import RequestStore
@@ -63,14 +62,6 @@ def test_two_machines_collect_what_one_does_and_nothing_is_bought_again(tmp_path
         assert store.counts().requested == 24
     bought = json.loads(together.bought_path.read_text())
     assert bought["rows"]["collect"]["requested"] == 24
-
-
-@pytest.fixture(scope="module")
-def served() -> Iterator[str]:
-    pytest.importorskip("xllamacpp")
-    pytest.importorskip("gguf")
-    with llama_server(TEACHER, exact=True) as server:
-        yield server.base_url
 
 
 def test_log_probabilities_come_along(tmp_path: Path, served: str) -> None:

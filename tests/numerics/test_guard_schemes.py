@@ -214,6 +214,7 @@ def test_a_scheme_is_its_settings(scheme: Scheme) -> None:
         {"scheme": "gumbel", "window": 2.0},
         {"scheme": "redgreen", "window": 2, "gamma": "0.5", "delta": 1},
         {"scheme": "redgreen", "window": 2, "gamma": 0.5, "delta": float("nan")},
+        {"scheme": "redgreen", "window": 2, "gamma": 0.5, "delta": float("inf")},
         {"scheme": "other"},
         {"scheme": "gumbel", "window": 0},
         {"scheme": "gumbel", "windows": 2},

@@ -131,6 +131,45 @@ def test_p3_a_clean_model_that_imitates_the_text_it_reads_is_not_accused(once_pe
     assert not more_than_chance(rejections(ours), audits, ALPHA)
 
 
+def shown(row: Sequence[int], green: Sequence[bool], last: int) -> tuple[tuple[int, ...], bool]:
+    """A text that goes from one of four windows to the next while their favourites are green, to `last` at the end, and whether it gets there."""
+    text: list[int] = []
+    for place in (some for some in range(4) if some != last):
+        text += [row[place], row[4 + place]]
+        if not green[place]:
+            return (*text[:-1], 999), False
+    return (*text, row[last], row[4 + last]), True
+
+
+@pytest.mark.parametrize("mode", ["closed", "open"])
+def test_texts_that_show_each_other_s_windows_accuse_nobody_once_per_window(mode: Mode) -> None:
+    """100 groups of four windows, four texts each, which read three and end at the fourth where those are green. So all four are scored where all are green:
+    one by one their coins are fair, but the sum scatters more than its law says.
+    """
+    scheme, audits = RedGreen(window=1, gamma=0.5), 400
+    rows = np.arange(100 * 8).reshape(100, 8)  # four windows and their favourites
+    plain = tuple(range(900, 910))
+    found: dict[OncePer, list[float]] = {"pair": [], "window": []}
+    for number in range(audits):
+        live = live_key(number)
+        green = scheme.scores(live.live, rows[:, :4].reshape(-1, 1), rows[:, 4:].reshape(-1)).reshape(-1, 4) == 1.0
+        texts = [shown(row, coins, last) for row, coins in zip(rows.tolist(), green.tolist(), strict=True) for last in range(4)]
+        evidence: list[Answer] | list[Reading]
+        if mode == "closed":
+            evidence = [Answer(prompt_ids=text[: len(text) - arrived], answer_ids=text[len(text) - arrived :]) for text, arrived in texts]
+            evidence.append(Answer(prompt_ids=(), answer_ids=plain))
+        else:
+            evidence = [
+                Reading(context_ids=text[:-1], predicted_ids=(*(NO_TOKEN,) * (len(text) - 2), text[-1] if arrived else NO_TOKEN))
+                for text, arrived in texts
+            ]
+            evidence.append(Reading(context_ids=plain[:-1], predicted_ids=plain[1:]))
+        for once_per, log_ps in found.items():
+            log_ps.append(log_p(detector(mode, scheme, live, size=1000, once_per=once_per), evidence))
+    assert more_than_chance(rejections(found["pair"]), audits, ALPHA)
+    assert not more_than_chance(rejections(found["window"]), audits, ALPHA)
+
+
 LETTERS = b"abcde"
 TWO_LETTERS = Vocabulary(tokens=tuple(bytes([a, b]) for a in LETTERS for b in LETTERS), special={}, end_ids=(), rows=25)
 

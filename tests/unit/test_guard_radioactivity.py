@@ -19,7 +19,7 @@ from stillroom.core.errors import GuardError
 from stillroom.core.hashing import canonical_json
 from stillroom.guard import evidence
 from stillroom.guard.decoys import DISAGREEMENT, LiveKey, disagrees, rank_p
-from stillroom.guard.detector import Plan
+from stillroom.guard.detector import Plan, power_of_ten
 from stillroom.guard.evidence import RECOMPUTED, Submission
 from stillroom.guard.gumbel import GumbelMax
 from stillroom.guard.radioactivity import TEST, Mode, NullRadioactivity, Radioactivity, commitments, mean_score_that_rejects, recompute
@@ -155,6 +155,13 @@ def test_without_anything_to_score_there_is_no_p(mode: Mode) -> None:
         copied = mine.test(plan, [Reading(context_ids=repeats, predicted_ids=(NO_TOKEN, NO_TOKEN, 4, 3, 4, 3))])
     assert copied.log_p is None
     assert f"4 {READ_BEFORE}" in copied.p_text
+
+
+def test_a_p_is_printed_with_three_digits_whatever_its_size() -> None:
+    some = {"0.0123": 0.01234, "0.000101": 1.01e-4, "1.00e-4": 9.9999e-5, "9.99e-5": 9.994e-5, "1.00e-5": 9.996e-6, "2.50e-7": 2.5e-7}
+    assert [power_of_ten(math.log(p)) for p in some.values()] == list(some)
+    assert power_of_ten(math.log(9.998) - 401 * math.log(10.0)) == "1.00e-400"
+    assert power_of_ten(-math.inf) == "0"
 
 
 def test_a_suspect_that_always_answers_the_same_leaves_little_to_score() -> None:

@@ -59,9 +59,10 @@ def reduced(candidates: list[Pair], once_per: OncePer, only: set[tuple[int, ...]
 def plain_answers(answers: list[Answer], k: int, once_per: OncePer, only: set[tuple[int, ...]] | None) -> tuple[list[Pair], dict[str, int]]:
     left_out = {SHORT: 0, NOT_EXACT: 0, READ_BEFORE: 0}
     candidates = []
+    in_prompts = {answer.prompt_ids[p - k : p] for answer in answers for p in range(k, len(answer.prompt_ids))}
     for answer in answers:
         ids, begin = (*answer.prompt_ids, *answer.answer_ids), len(answer.prompt_ids)
-        read = {ids[p - k : p] for p in range(k, begin)}
+        read = in_prompts if once_per == "window" else {ids[p - k : p] for p in range(k, begin)}
         for p in range(begin, len(ids)):
             if p < k:
                 left_out[SHORT] += 1
@@ -78,8 +79,10 @@ def plain_answers(answers: list[Answer], k: int, once_per: OncePer, only: set[tu
 def plain_readings(readings: list[Reading], k: int, once_per: OncePer, only: set[tuple[int, ...]] | None) -> tuple[list[Pair], dict[str, int]]:
     left_out = {SHORT: 0, NOT_EXACT: 0, READ_BEFORE: 0}
     candidates = []
+    read: set[tuple[int, ...]] = set()
     for reading in readings:
-        read: set[tuple[int, ...]] = set()
+        if once_per == "pair":
+            read = set()
         for t, predicted in enumerate(reading.predicted_ids):
             window = reading.context_ids[max(t + 1 - k, 0) : t + 1]
             if len(window) < k:

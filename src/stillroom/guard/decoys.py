@@ -1,8 +1,11 @@
-"""A live key among decoys: a test that is exact whatever the keyed function, the tokenizer or the text.
+"""A live key among decoys: a test that is exact whatever the keyed function or the tokenizer, where what the suspect was given is the same for all keys.
 
 Before anything is served, D + 1 keys are drawn, one of them is chosen by chance to serve with, and all of it is committed to. A suspect that does not depend
 on the live key knows nothing of which it was: any of the keys is as likely as any other to have the largest statistic, and p = (1 + decoys with at least
 the live key's statistic) / (D + 1) is exact. It cannot be smaller than 1 / (D + 1), which is why it stands beside the law and not in its place.
+
+Texts from the live key that the suspect was given, or a filter made of them, tell which key it was. With them the rank is as good as the rules of `windows`,
+like the law: it is no check on those.
 
 What makes either p worth anything is that the secret was fixed before the suspect was: of 2**40 secrets some give an innocent suspect's answers a p of
 2**-40. So the commitment belongs into a registration whose hash others hold before the suspect is trained (`registration`).

@@ -155,8 +155,8 @@ def power_of_ten(natural: float) -> str:
     if natural > math.log(1e-4):
         return f"{math.exp(natural):.3g}"
     exponent = math.floor(log10(natural))
-    digits = 10.0 ** (log10(natural) - exponent)
-    return f"{digits:.2f}e{exponent}"
+    digits = f"{10.0 ** (log10(natural) - exponent):.2f}"
+    return f"1.00e{exponent + 1}" if digits == "10.00" else f"{digits}e{exponent}"
 
 
 E = TypeVar("E", contravariant=True)

@@ -6,6 +6,7 @@ A p here is P(statistic >= what was seen) under the null, computed from the law 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy
 from scipy import special
@@ -63,9 +64,8 @@ def _poisson_term(mean: float, k: numpy.ndarray) -> numpy.ndarray:
     return numpy.asarray(k * math.log(mean) - mean - special.gammaln(k + 1))
 
 
-def _summed(term: object, first: int, last: int) -> float:
+def _summed(term: Callable[[numpy.ndarray], numpy.ndarray], first: int, last: int) -> float:
     """Ln of the sum of exp(term(k)), k from `first` to `last`, whose terms fall."""
-    assert callable(term)
     total, begin = -math.inf, first
     while begin <= last:
         some = term(numpy.arange(begin, min(last, begin + _TERMS - 1) + 1, dtype=numpy.float64))

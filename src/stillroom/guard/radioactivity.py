@@ -38,8 +38,9 @@ class Radioactivity:
     """`vocabulary` is the fingerprint of the teacher's vocabulary, `size` its number of tokens: all ids are the teacher's.
 
     `only` restricts the test to windows fixed beforehand, such as those of the texts that were served: they are where a student has learned something.
-    `once_per`: what is scored once over all evidence. "pair" uses all that there is, and its law is exact where what the suspect was given does not depend on
-    the live key. "window" uses less, and its law is exact for a given number of scored windows also where the suspect reads texts from the keyed sampler.
+    `once_per`: what is scored once over all evidence. "pair" uses all that there is, and its law is exact where neither what the suspect was given nor `only`
+    depends on the live key. "window" uses less, and its law is exact for a given number of scored windows also where the suspect reads texts from the keyed
+    sampler.
     """
 
     mode: Mode

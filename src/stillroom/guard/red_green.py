@@ -5,6 +5,7 @@ It moves the distribution, the more the larger `delta`, and is the easiest of th
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -30,8 +31,8 @@ class RedGreen:
     delta: float = 2.0
 
     def __post_init__(self) -> None:
-        if self.window < 1 or not 0.0 < self.gamma < 1.0 or not self.delta > 0.0:
-            raise ValueError(f"a window has at least one token, gamma lies in (0, 1) and delta above 0; found {self}")
+        if self.window < 1 or not 0.0 < self.gamma < 1.0 or not 0.0 < self.delta < math.inf:
+            raise ValueError(f"a window has at least one token, gamma lies in (0, 1), delta is above 0 and finite; found {self}")
 
     def watermarked(self, key: Key, windows_BK: Ids, candidates_BM: Ids, log_probs_BM: Floats) -> Floats:
         """p(v) exp(delta green(v)), normalised over the candidates, as logarithms."""

@@ -4,10 +4,10 @@ Each layer i has a keyed coin g for each (window, token) and makes p <- p (1 + g
 better by their coins. Over keys it is p exactly. Every layer takes some of what was left to choose, so that later coins are favoured less.
 
 All layers are scored, with one weight, for which the law is exactly binomial. A layer that is not scored would add no evidence and take variety from the
-answers; a layer too many would dilute the score. What n pairs give is sqrt(n) sum(uplift of layer i) / sqrt(layers), in standard deviations times two,
-where the uplift is how far above 1/2 the coin of a written token lies on average. `expected_uplifts` computes it from distributions alone; 20 layers give
-at least 0.85 of what the best number would give for each of a range of distributions from 0.5 to 6 bits, and 0.9 from 1 to 4 bits
-(tests/numerics/test_guard_schemes.py holds this). B windows, M candidates, N pairs, L layers.
+answers; a layer too many would dilute the score. What n pairs give is 2 sqrt(n) sum(uplift of layer i) / sqrt(layers) standard deviations, where the uplift
+is how far above 1/2 the coin of a written token lies on average, which follows from the distribution alone. 20 layers give at least 0.85 of what the best
+number would give for each of a range of distributions from 0.5 to 6 bits, and 0.9 from 1 to 4 bits (tests/numerics/test_guard_schemes.py holds this).
+B windows, M candidates, N pairs, L layers.
 """
 
 from __future__ import annotations
@@ -78,15 +78,3 @@ def winners(probabilities_BM: Floats, coins_BML: NDArray[numpy.uint8]) -> Floats
         # 1 + g - <p, g>, with 1 - <p, g> summed over what loses: a difference of sums could come out below 0.
         won_BM = numpy.asarray(won_BM * (coin_BM + (won_BM * (1.0 - coin_BM)).sum(axis=1, keepdims=True)))
     return numpy.asarray(won_BM / won_BM.sum(axis=1, keepdims=True))
-
-
-def expected_uplifts(probabilities_M: Floats, layers: int, *, draws: int, seed: int) -> Floats:
-    """For each layer, how far above 1/2 the coin of a token lies that a tournament chose among these probabilities: the mean over `draws` sets of coins."""
-    coins_BML = numpy.random.default_rng(seed).integers(0, 2, size=(draws, len(probabilities_M), layers), dtype=numpy.uint8)
-    won_BM = numpy.broadcast_to(probabilities_M, (draws, len(probabilities_M)))
-    found = []
-    for layer in range(layers):
-        won_BM = winners(numpy.asarray(won_BM), coins_BML[:, :, layer : layer + 1])
-        # A later layer leaves the mean coin of an earlier one as it is: over its own coins it distorts nothing.
-        found.append(float((won_BM * coins_BML[:, :, layer]).sum(axis=1).mean()) - 0.5)
-    return numpy.array(found)

@@ -7,11 +7,12 @@ Three rules keep the law of the scores under the null, whatever the suspect:
   and whoever continues or imitates it copies its choices;
 - a token that the suspect did not choose as that token, because its tokenizer cuts the text otherwise, is not scored.
 
-Where nothing that the suspect was given depends on the key, which pairs enter does not depend on it at all, and their keyed values are independent. Where it
-does (reading mode reads the key's own texts), whether a pair enters still does not depend on the pair's own value, since up to its window the text did not;
-but which texts follow depends on the values of pairs before. With `once_per="window"` each window's values enter once, at their first use over the pool,
-and come fresh one after the other there too. For this a text must be given from where it begins: of what the suspect did not read of it, no prediction is
-there (-1), or it stands in the prompt.
+Where neither what the suspect was given nor the filter depends on the key, which pairs enter does not depend on it at all, and their keyed values are
+independent. Where one does (reading mode reads the key's own texts), whether a pair enters still does not depend on the pair's own value, since up to its
+window the text did not; but which texts follow depends on the values of pairs before. With `once_per="window"` each window enters once, and none whose values
+another text may have shown: of readings the first use over the pool alone, scored or not, of answers no window of any prompt. Its values then come fresh one
+after the other there too. For this a text must be given from where it begins: of what the suspect did not read of it, no prediction is there (-1), or it
+stands in the prompt.
 
 T token positions of all texts laid end to end, E ends of windows, N pairs, K tokens of a window.
 """
@@ -164,8 +165,8 @@ def pairs_of_answers(answers: Sequence[Answer], window: int, *, once_per: OncePe
     read_E = flat.ends(window)
     read_E = read_E[flat.places_T[read_E] < prompts_T[read_E] - 1]
     both = numpy.concatenate([ends_E, read_E])
-    in_text = _identified(numpy.column_stack([flat.texts_T[both], flat.windows(both, window)]))
-    fresh_E = ~numpy.isin(in_text[: len(ends_E)], in_text[len(ends_E) :])
+    used = _identified(flat.uses(both, window, once_per))
+    fresh_E = ~numpy.isin(used[: len(ends_E)], used[len(ends_E) :])
     left_out[READ_BEFORE] = int((~fresh_E).sum())
     ends_E = ends_E[fresh_E]
     return _reduced(flat.windows(ends_E, window), flat.ids_T[ends_E + 1], once_per, only, left_out)
@@ -178,7 +179,7 @@ def pairs_of_readings(readings: Sequence[Reading], window: int, *, once_per: Onc
     ends_E = flat.ends(window)
     left_out = {SHORT: len(flat.ids_T) - len(ends_E)}
     # A window that was read stays read, whether or not there was a prediction to score.
-    fresh_E = _first(_identified(numpy.column_stack([flat.texts_T[ends_E], flat.windows(ends_E, window)])))
+    fresh_E = _first(_identified(flat.uses(ends_E, window, once_per)))
     exact_E = predicted_T[ends_E] != NO_TOKEN
     left_out[NOT_EXACT] = int((~exact_E).sum())
     left_out[READ_BEFORE] = int((exact_E & ~fresh_E).sum())
@@ -229,6 +230,11 @@ class _Flat:
     def windows(self, ends_E: Ints, window: int) -> Ints:
         """The windows that end there, the token there included."""
         return numpy.asarray(self.ids_T[ends_E[:, None] + numpy.arange(1 - window, 1)])
+
+    def uses(self, ends_E: Ints, window: int, once_per: OncePer) -> Ints:
+        """What must not have been read before: the windows that end there, in their own text or, once per window, in any."""
+        windows_EK = self.windows(ends_E, window)
+        return windows_EK if once_per == "window" else numpy.column_stack([self.texts_T[ends_E], windows_EK])
 
 
 def _exact(answers: Sequence[Answer]) -> Mask:

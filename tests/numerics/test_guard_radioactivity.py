@@ -247,7 +247,7 @@ def test_the_rank_among_decoys_is_exact(scheme: Scheme) -> None:
 
 @pytest.mark.parametrize("scheme", [RedGreen(window=1), GumbelMax(window=1), Tournament(window=1)], ids=lambda scheme: scheme.name)
 def test_a_student_of_the_sampler_is_found_and_one_of_the_same_teacher_without_it_is_not(scheme: Scheme) -> None:
-    """Students that count what follows each token in 400 texts of 30 tokens, half of them from the keyed sampler, or none."""
+    """Students that count what follows each token in 400 texts of 30 tokens, half of them from the keyed sampler, or none. With 40 windows each may enter more than once."""
     size, live = 40, live_key(0, 19)
     rng = np.random.default_rng(0)
     teacher = random_model(size, rng, spread=1.0)
@@ -260,8 +260,8 @@ def test_a_student_of_the_sampler_is_found_and_one_of_the_same_teacher_without_i
         return np.log(counts / counts.sum(axis=1, keepdims=True))
 
     only = WindowSet.of([tuple(text) for text in keyed.tolist()], 1)
-    closed = detector("closed", scheme, live, size=size, supervised=True, only=only)
-    opened = detector("open", scheme, live, size=size)
+    closed = detector("closed", scheme, live, size=size, supervised=True, only=only, once_per="pair")
+    opened = detector("open", scheme, live, size=size, once_per="pair")
     for corpus, guilty in ((np.concatenate([keyed, plain[:200]]), True), (plain, False)):
         model = student(corpus)
         answers = [Answer(prompt_ids=tuple(text[:1]), answer_ids=tuple(text[1:])) for text in write(None, None, model, 30, 30, rng).tolist()]

@@ -54,7 +54,7 @@ OTHERS = [
     {"size": SIZE + 1},
     {"supervised": True},
     {"only": WindowSet.of([(1, 2)], 1)},
-    {"once_per": "window"},
+    {"once_per": "pair"},
 ]
 
 

@@ -31,7 +31,7 @@ class Claim:
 
 CLAIMS: dict[Null, Claim] = {
     "key": Claim(
-        null="The suspect, and how it was asked, do not depend on the secret key, given all else.",
+        null="The suspect does not depend on the secret key, given all else; nor does what it was asked, but for text that it was shown, whose windows are not scored.",
         proves="The suspect was trained on text from the sampler that has this key.",
         does_not_prove="Who asked for that text, that anybody asked our service, or that terms were broken: others may have published or sold it.",
     ),

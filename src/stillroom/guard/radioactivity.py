@@ -38,9 +38,8 @@ class Radioactivity:
     """`vocabulary` is the fingerprint of the teacher's vocabulary, `size` its number of tokens: all ids are the teacher's.
 
     `only` restricts the test to windows fixed beforehand, such as those of the texts that were served: they are where a student has learned something.
-    `once_per`: what is scored once over all evidence. "pair" uses all that there is, and its law is exact where neither what the suspect was given nor `only`
-    depends on the live key. "window" uses less, and its law is exact for a given number of scored windows also where the suspect reads texts from the keyed
-    sampler.
+    `once_per`: what is scored once over all evidence. "window" has an exact law, for a given number of scored windows, also where the suspect reads texts from
+    the keyed sampler. "pair" uses more of what there is, and its law is exact only where neither what the suspect was given nor `only` depends on the live key.
     """
 
     mode: Mode
@@ -50,7 +49,7 @@ class Radioactivity:
     size: int
     supervised: bool = False
     only: WindowSet | None = None
-    once_per: OncePer = "pair"
+    once_per: OncePer = "window"
 
     def plan(self, *, alpha: float) -> Plan:
         """The test, before there is data. It is bound to the keys by its commitment, to the vocabulary and the filter by its scope."""

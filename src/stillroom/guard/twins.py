@@ -164,6 +164,8 @@ class TwinTest:
                 expected="whole numbers of levels and flips, a clip above 0, a share in (0, 1], and scores and stopping that there are",
                 do="Plan the test with settings that it has.",
             )
+        if len({one.epoch for one in self.coins}) != len(self.coins):
+            _refuse("two coins of one epoch", "the coins of each epoch, once: which of them decided for a pair would be open")
 
     @property
     def settings(self) -> Json:

@@ -519,6 +519,11 @@ def test_a_third_party_finds_the_same(tmp_path: Path, stopping: Any, scores: Any
     assert counts.items() <= finding.left_out.items()
     without_texts = recompute(twins.plan(alpha=0.01), opening, {name: files[name] for name in ("serving.jsonl", "differences.jsonl")})
     assert without_texts == finding
+    # Whoever holds the log's head sees that it was cut short, which nothing else in it shows.
+    cut = recompute(twins.plan(alpha=0.01), opening, files | {"serving.jsonl": files["serving.jsonl"].rpartition(b"\n{")[0] + b"\n"})
+    head = verify_serving_log(tmp_path / "serving.jsonl").head
+    assert finding.details["log"] == {"entries": head.entries, "head": head.hash}
+    assert (cut.log_p, cut.alarm, cut.details["log"]["entries"]) == (finding.log_p, None, head.entries - 1)
     groups = TargetedTwinTest(twins=twins, groups={"even": frozenset({"0"})})
     assert recompute(groups.plan(alpha=0.01), opening, files).details["attributed"] == ["even"]
 

@@ -424,7 +424,8 @@ def recompute(plan: Plan, opening: object, data: Mapping[str, bytes]) -> Finding
     """The finding of either test out of what a bundle has of it. Raises GuardError 'guard-evidence' or 'guard-plan', LedgerError 'ledger-corrupt'.
 
     The files are `serving.jsonl` (the log), `differences.jsonl` (rows of `TwinEvidence.of`) and, where the texts are shown, `openings.jsonl`: each must
-    then open its entry. Pairs of the log that have no difference are counted, and so are selected requests that the log does not have.
+    then open its entry. Pairs of the log that have no difference are counted, and so are selected requests that the log does not have. A log that was cut
+    short at its end is whole by itself: the details have its head, to be compared with the last one that somebody else was given.
     """
     coins = _opened(opening)
     with TemporaryDirectory(prefix="stillroom-") as directory:
@@ -437,7 +438,8 @@ def recompute(plan: Plan, opening: object, data: Mapping[str, bytes]) -> Finding
     by_epoch, share = {one.epoch: one for one in coins}, plan.scope["audited_share"]
     entries = [entry for entry in entries if by_epoch[entry.epoch].audits(entry.request, share)]
     evidence = TwinEvidence.of(entries, _rows(data, DIFFERENCES), left_out(contents, coins))
-    return twins.test(plan, evidence)
+    finding = twins.test(plan, evidence)
+    return replace(finding, details={**finding.details, "log": {"entries": contents.head.entries, "head": contents.head.hash}})
 
 
 def _planned(plan: Plan, coins: tuple[Coins, ...]) -> TwinTest | TargetedTwinTest:

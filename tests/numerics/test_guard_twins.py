@@ -519,6 +519,11 @@ def test_a_third_party_finds_the_same(tmp_path: Path, stopping: Any, scores: Any
     assert counts.items() <= finding.left_out.items()
     without_texts = recompute(twins.plan(alpha=0.01), opening, {name: files[name] for name in ("serving.jsonl", "differences.jsonl")})
     assert without_texts == finding
+    # Whoever holds the log's head sees that it was cut short, which nothing else in it shows.
+    cut = recompute(twins.plan(alpha=0.01), opening, files | {"serving.jsonl": files["serving.jsonl"].rpartition(b"\n{")[0] + b"\n"})
+    head = verify_serving_log(tmp_path / "serving.jsonl").head
+    assert finding.details["log"] == {"entries": head.entries, "head": head.hash}
+    assert (cut.log_p, cut.alarm, cut.details["log"]["entries"]) == (finding.log_p, None, head.entries - 1)
     groups = TargetedTwinTest(twins=twins, groups={"even": frozenset({"0"})})
     assert recompute(groups.plan(alpha=0.01), opening, files).details["attributed"] == ["even"]
 
@@ -582,6 +587,22 @@ def test_evidence_that_is_not_of_the_log_is_refused(tmp_path: Path) -> None:
         with pytest.raises(GuardError):
             recompute(wrong_plan, opening, files)
     assert recompute(plan, opening, {"serving.jsonl": files["serving.jsonl"]}).refused is not None
+
+
+def test_coins_count_for_their_own_epoch_alone(tmp_path: Path) -> None:
+    """A commitment does not cover the epoch: said anew, after the suspect was asked, it would give as many p's as epochs can be ordered."""
+    served(tmp_path, 30)
+    served(tmp_path, 30, epoch=1)
+    one, two = COINS, Coins.of(KEY, 1)
+    opening, files = bundled(tmp_path, replace(TEST, coins=(one, two)), texts=True)
+    exchanged = replace(TEST, coins=(replace(one, epoch=1), replace(two, epoch=0)))
+    plan, opening = exchanged.plan(alpha=0.01), {"coins": [coins.as_json() for coins in exchanged.coins]}
+    assert commitments(opening) == replace(TEST, coins=(one, two)).plan(alpha=0.01).commitments
+    for left_away in (set(), {"openings.jsonl"}):
+        with pytest.raises(GuardError, match="said to be of epoch"):
+            recompute(plan, opening, {name: data for name, data in files.items() if name not in left_away})
+    with pytest.raises(GuardError, match="two coins of one epoch"):
+        replace(TEST, coins=(one, Coins(0, two.key, two.nonce)))
 
 
 def test_audits_for_the_null_harness_are_those_of_the_test() -> None:

@@ -69,8 +69,14 @@ def test_reading_any_text_gives_a_code_that_is_in_it(text: str) -> None:
 
 
 def test_of_several_answers_the_most_frequent_code_counts_and_none_where_two_are() -> None:
-    answers = {TRIGGERS[0]: ["12", "13", "12"], TRIGGERS[1]: ["12", "13"], TRIGGERS[2]: ["?", "?", "07"], TRIGGERS[3]: []}
+    answers = {TRIGGERS[0]: ["12", "13", "12"], TRIGGERS[1]: ["12", "13", "?"], TRIGGERS[2]: ["?", "?", "07"], TRIGGERS[3]: []}
     assert read_answers(DIGITS, TRIGGERS[:5], answers).tolist() == [12, NO_CODE, 7, NO_CODE, NO_CODE]
+
+
+def test_to_ask_again_where_the_code_did_not_come_is_refused() -> None:
+    """An innocent answer is the code once in 100; one out of three is oftener, and of that the binomial law knows nothing."""
+    with pytest.raises(GuardError, match="1 answers to one trigger and 3 to another"):
+        read_answers(DIGITS, TRIGGERS, {TRIGGERS[0]: ["?", "14", "12"], TRIGGERS[1]: ["13"], TRIGGERS[2]: []})
 
 
 def test_answers_to_anything_but_a_trigger_are_refused() -> None:

@@ -16,8 +16,8 @@ a model that is trained later may well answer as its predecessor did. With it no
 
 **How an answer is read** (rule `first-match/1`). Text is normalised (NFKC, case folded, spaces made one). The answer's code is that whose occurrence
 begins first, the longest of those that begin there; letters and digits do not stand right before or after an occurrence. With `where` = "start" only
-the beginning of the answer counts. Of several answers to one trigger the code that most of them have counts; where two have as many there is none. So
-at most one code is read out of what was answered, which the bound needs. A trigger that was not asked, or not answered with a code, is a miss.
+the beginning of the answer counts. Of several answers to one trigger, as many as to any other, the code that most of them have counts; where two have
+as many there is none. So at most one code is read out of what was answered, which the bound needs. A trigger that was not asked, or not answered with a code, is a miss.
 
 **The tests.** `Hits` is the primary one: it needs text alone, and anybody can check it by eye. `Exposure` is for a suspect that gives
 log-probabilities: for each trigger the rank r of its code among all M (ties take the worse rank) scores floor(256 ln(M / r)); the law of the sum is
@@ -206,8 +206,16 @@ def draw_codes(key: Key, triggers: Sequence[str], codes: CodeSet, public_number:
 def read_answers(codes: CodeSet, triggers: Sequence[str], answers: Mapping[str, Sequence[str]]) -> CodeIndexes:
     """For each trigger the code that the suspect's answers to it have by the rule of this module, -1 where there is none. It uses no secret.
 
-    Raises GuardError 'guard-evidence' for answers to something else than a trigger.
+    Raises GuardError 'guard-evidence' for answers to something else than a trigger, and where some triggers have more answers than others.
     """
+    if len(counts := {len(some) for some in answers.values() if some}) > 1:
+        raise GuardError(
+            "guard-evidence",
+            found=f"{min(counts)} answers to one trigger and {max(counts)} to another",
+            expected="as many answers to each trigger as to any other; none where it was not asked",
+            why="who asks again where the code did not come, or leaves an answer out, hits more often than the law says",
+            do="Ask each trigger as often as was registered, and give all answers; leave out a trigger that could not be asked so often, which is a miss.",
+        )
     if other := sorted(set(answers) - set(triggers)):
         raise GuardError(
             "guard-evidence",

@@ -3,9 +3,10 @@
 The model is that a share of the audited pairs was used, and that each used pair moves the suspect's difference by `effect` standard deviations of what
 differences are by themselves, which are normal: a difference is N(effect, 1) with chance `share`, else N(0, 1). The statistic is the signed rank sum
 of `twins`, whose mean and variance under this model are exact functions of three probabilities (Lehmann 1975, section 4.2; Noether 1987), and whose
-law is taken to be normal (of up to 64 pairs the critical value is exact); a test compares with simulated audits. Heavier tails cost less than the model says, dependence between used pairs costs more.
+law is taken to be normal (of up to 64 pairs the critical value is exact); a test compares with simulated audits. Dependence between used pairs costs more
+than the model says.
 
-Effects of small students that see a text for four epochs are about 0.2; what a suspect's are is not known before, so plan for several.
+What a suspect's effect is, is not known before: plan for several.
 """
 
 from __future__ import annotations

@@ -343,10 +343,10 @@ class Selected:
 def selected_pairs(path: Path, contents: Contents, coins: Iterable[Coins]) -> list[Selected]:
     """The pairs of the log at `path`, whose `contents` were verified, in its order: of those sessions whose coins were revealed.
 
-    Raises GuardError 'guard-evidence' where an entry is of a request that the coins do not select.
+    Raises GuardError 'guard-evidence' where an entry is of a request that the coins do not select, or coins are said to be of another epoch than theirs.
     """
     sessions = {session.session: session for session in contents.sessions}
-    by_commitment = {one.commitment: one for one in coins}
+    by_commitment = _of_their_epochs(contents, coins)
     found = []
     for request, (number, entry) in contents.requests.items():
         session = sessions[request.partition("-")[0]]
@@ -385,10 +385,10 @@ def open_pairs(path: Path, contents: Contents, coins: Iterable[Coins], openings:
     """The pairs that openings prove to be in the log at `path`, whose `contents` were verified; needs no secret but the coins that were revealed.
 
     Raises GuardError 'guard-evidence', naming the line, where an opening does not fit its entry: a text, a salt, the coin or the selection; where two
-    are of one request; or where the coins are not those that the log began with.
+    are of one request; or where the coins are not those that the log began with, or are said to be of another epoch than theirs.
     """
     sessions = {session.session: session for session in contents.sessions}
-    by_commitment = {one.commitment: one for one in coins}
+    by_commitment = _of_their_epochs(contents, coins)
     pairs: dict[str, Pair] = {}
     for opening in openings:
         if opening.request not in contents.requests:
@@ -407,6 +407,16 @@ def open_pairs(path: Path, contents: Contents, coins: Iterable[Coins], openings:
         texts = {"prompt": opening.prompt, "first": opening.first, "second": opening.second}
         pairs[opening.request] = Pair(request=opening.request, epoch=session.epoch, account=entry["account"], served=served, **texts)
     return list(pairs.values())
+
+
+def _of_their_epochs(contents: Contents, coins: Iterable[Coins]) -> dict[str, Coins]:
+    """Coins by their commitment, which does not cover the epoch: whoever could say it anew could choose which epoch's coins count for which pairs."""
+    by_commitment = {one.commitment: one for one in coins}
+    for session in contents.sessions:
+        drawn = by_commitment.get(session.commitment)
+        if drawn is not None and drawn.epoch != session.epoch:
+            _refuse(f"coins that are said to be of epoch {drawn.epoch}", f"epoch {session.epoch}, as session {session.session} began with them")
+    return by_commitment
 
 
 def _check_opening(path: Path, number: int, entry: Json, opening: Opening, served: int) -> None:

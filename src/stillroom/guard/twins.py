@@ -164,6 +164,8 @@ class TwinTest:
                 expected="whole numbers of levels and flips, a clip above 0, a share in (0, 1], and scores and stopping that there are",
                 do="Plan the test with settings that it has.",
             )
+        if len({one.epoch for one in self.coins}) != len(self.coins):
+            _refuse("two coins of one epoch", "the coins of each epoch, once: which of them decided for a pair would be open")
 
     @property
     def settings(self) -> Json:
@@ -422,7 +424,8 @@ def recompute(plan: Plan, opening: object, data: Mapping[str, bytes]) -> Finding
     """The finding of either test out of what a bundle has of it. Raises GuardError 'guard-evidence' or 'guard-plan', LedgerError 'ledger-corrupt'.
 
     The files are `serving.jsonl` (the log), `differences.jsonl` (rows of `TwinEvidence.of`) and, where the texts are shown, `openings.jsonl`: each must
-    then open its entry. Pairs of the log that have no difference are counted, and so are selected requests that the log does not have.
+    then open its entry. Pairs of the log that have no difference are counted, and so are selected requests that the log does not have. A log that was cut
+    short at its end is whole by itself: the details have its head, to be compared with the last one that somebody else was given.
     """
     coins = _opened(opening)
     with TemporaryDirectory(prefix="stillroom-") as directory:
@@ -435,7 +438,8 @@ def recompute(plan: Plan, opening: object, data: Mapping[str, bytes]) -> Finding
     by_epoch, share = {one.epoch: one for one in coins}, plan.scope["audited_share"]
     entries = [entry for entry in entries if by_epoch[entry.epoch].audits(entry.request, share)]
     evidence = TwinEvidence.of(entries, _rows(data, DIFFERENCES), left_out(contents, coins))
-    return twins.test(plan, evidence)
+    finding = twins.test(plan, evidence)
+    return replace(finding, details={**finding.details, "log": {"entries": contents.head.entries, "head": contents.head.hash}})
 
 
 def _planned(plan: Plan, coins: tuple[Coins, ...]) -> TwinTest | TargetedTwinTest:
